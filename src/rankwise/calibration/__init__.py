@@ -1,0 +1,1 @@
+"""Gradient statistics of the base model over a few batches."""

@@ -1,0 +1,1 @@
+"""Pure tensor maths: factors, small solves, spectra and seeded generators."""

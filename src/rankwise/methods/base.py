@@ -1,0 +1,126 @@
+"""The five slots that a method may fill; a slot that nobody fills behaves as plain LoRA."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rankwise.adapters.layers import LinearLayer
+from rankwise.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
+from rankwise.ranks.shapes import LayerShape, ScalingRule
+
+__all__ = ["Allocation", "Budget", "Evaluator", "Factors", "Method", "Slot", "Start"]
+
+
+class Slot(StrEnum):
+    """The five questions of low-rank adaptation."""
+
+    ALLOCATE = "allocate"
+    INITIALIZE = "initialize"
+    SCALE = "scale"
+    OPTIMIZE = "optimize"
+    SCHEDULE = "schedule"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the run may spend, said once beside the methods.
+
+    Args:
+        r: the reference rank, >= 1.
+        lora_alpha: alpha, > 0.
+        parameters: the most live lora_A and lora_B parameters, normally those of a uniform rank `r`.
+    """
+
+    r: int
+    lora_alpha: float
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """Ranks in the order of the layers, with the importance and the reason behind each."""
+
+    ranks: tuple[int, ...]
+    importance: tuple[float, ...] | None
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors of one layer: lora_A [rank, in] and lora_B [out, rank], float32 on the CPU."""
+
+    lora_A: Float[Tensor, "rank in"]
+    lora_B: Float[Tensor, "out rank"]
+
+
+class Evaluator(Protocol):
+    """The mean loss of the evaluation batches of calibration, with these lora_B values (None: the adapter off)."""
+
+    def __call__(self, lora_B: Mapping[str, Float[Tensor, "out rank"]] | None) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What one layer starts from.
+
+    Args:
+        layer: the base layer (its weight is read, never written).
+        rank: the layer's rank, >= 1.
+        divisor: alpha / scaling, the scale rank of the layer's scaling rule.
+        budget: the run's budget.
+        seed: the run's seed; draw with `linalg.random.generator(seed, purpose, layer.name)`.
+        dtype_cast: rounds a float32 factor to the adapter's storage dtype and back (identity for float32 adapters).
+        statistics: what calibration found, or None if the method asked for nothing.
+    """
+
+    layer: LinearLayer
+    rank: int
+    divisor: float
+    budget: Budget
+    seed: int
+    dtype_cast: Callable[[Tensor], Tensor]
+    statistics: LayerStatistics | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method fills some of the slots; what it does not override is plain LoRA.
+
+    Subclasses are frozen keyword-only dataclasses whose `__post_init__` validates ranges and raises ConfigError.
+    """
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    slots: ClassVar[frozenset[Slot]]
+    learning_rates: ClassVar[tuple[float, float, float]]
+    """Recommended learning rates under AdamW: low end, default, high end."""
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Named settings ("paper", "official"): keyword arguments of the dataclass."""
+
+    def request(self, layers: Sequence[LayerShape], budget: Budget, seed: int) -> StatisticsRequest | None:
+        """What the method needs to know of the gradients; None if nothing."""
+        return None
+
+    def allocate(
+        self, layers: Sequence[LayerShape], budget: Budget, statistics: GradientStatistics | None
+    ) -> Allocation:
+        """Ranks for the layers (allocate slot)."""
+        raise NotImplementedError(f"{self.id} does not fill the allocate slot")
+
+    def scaling_rule(self) -> ScalingRule:
+        """The scaling rule (scale slot)."""
+        raise NotImplementedError(f"{self.id} does not fill the scale slot")
+
+    def initialize(self, start: Start) -> Factors:
+        """The factors at step 0 (initialize slot)."""
+        raise NotImplementedError(f"{self.id} does not fill the initialize slot")
+
+    def refine(self, start: Mapping[str, Factors], evaluate: Evaluator) -> Mapping[str, Factors] | None:
+        """New lora_B values found by evaluating calibration batches on the attached, untrained model; None to keep them."""
+        return None

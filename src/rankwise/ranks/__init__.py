@@ -1,0 +1,1 @@
+"""Whole ranks under an exact parameter budget, and the plan that records them; no model in sight."""

@@ -1,0 +1,1 @@
+"""The session: attach, train in any loop, prove it, save and resume."""

@@ -1,0 +1,1 @@
+"""One file a job: plan, train, demo; configuration and data."""
