@@ -1,0 +1,89 @@
+"""The command `rankwise`: one verb a file; this one holds the app, the exit codes and the last line of defense.
+
+Exit codes: 0 done; 1 the run failed; 2 a fault found before the first step; 3 a health check failed after it began;
+130 interrupted. Nothing here or at the top of a verb's file imports torch, so that help answers at once.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from rankwise.cli import check, demo, export, methods, plan, report, train
+from rankwise.errors import ConfigError, RankwiseError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rankwise",
+    help="Spend a LoRA budget where it pays: train with published low-rank methods, leave one plain, verified adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (demo, plan, train, export, check, report, methods):
+    app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+) -> None:
+    if version:
+        from importlib.metadata import version as installed_version
+
+        sys.stdout.write(f"rankwise {installed_version('rankwise')}\n")
+        raise typer.Exit
+
+
+def _with_optional_values(arguments: Sequence[str]) -> list[str]:
+    """`--resume` may stand alone: it then means the last complete checkpoint."""
+    words = list(arguments)
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else "-"
+        if word == "--resume" and (following.startswith("-") or following.endswith((".yaml", ".yml"))):
+            words[index] = "--resume=latest"
+    return words
+
+
+def _report_error(error: RankwiseError, as_json: bool) -> None:
+    faults = list(error.faults) if isinstance(error, ConfigError) else [str(error)]
+    if as_json:
+        body = {"error": {"kind": type(error).__name__, "exit_code": error.exit_code, "faults": faults}}
+        sys.stdout.write(json.dumps(body) + "\n")
+    if len(faults) == 1:
+        sys.stderr.write(f"error: {faults[0]}\n")
+        return
+    sys.stderr.write(f"error: {len(faults)} faults\n")
+    for fault in faults:
+        sys.stderr.write(f"  - {fault}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command line and leave with its exit code."""
+    words = _with_optional_values(sys.argv[1:] if arguments is None else arguments)
+    try:
+        outcome = app(words, prog_name="rankwise", standalone_mode=False)
+    except RankwiseError as error:
+        _report_error(error, "--json" in words)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:  # the last line of defense: every other failure is exit code 1
+        show = getattr(error, "show", None)
+        if show is not None and hasattr(error, "exit_code"):  # a fault of usage, found by the command-line library
+            show()
+            sys.exit(int(error.exit_code))
+        if type(error).__name__ == "Abort":
+            sys.stderr.write("interrupted\n")
+            sys.exit(130)
+        traceback.print_exc()
+        sys.stderr.write("error: the run failed with a fault that rankwise did not foresee (above).\n")
+        sys.exit(1)
+    sys.exit(outcome if isinstance(outcome, int) else 0)

@@ -1,0 +1,42 @@
+"""`rankwise plan`: see what a run would spend and where, before paying for it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.options import AsJson, ConfigFile, Quiet, Settings
+
+__all__ = ["command"]
+
+
+def command(
+    config: ConfigFile,
+    settings: Settings = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan as editable JSON.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show each layer's rank, why, the parameter budget, and what the run will cost; trains nothing."""
+    from rankwise.cli.progress import Drawing, output_console
+    from rankwise.errors import OutputError
+
+    if output is not None and output.exists():
+        raise OutputError(f"{output} exists: plans are not overwritten; remove it or name another file")
+    from rankwise.workflows.config import load_config
+    from rankwise.workflows.plan import plan
+
+    run = load_config(config, settings or [])
+    with Drawing(quiet=quiet or as_json) as draw:
+        made = plan(run, draw)
+    if output is not None:
+        made.save(output)
+        draw.console.print(f"wrote {output}; edit the ranks and train with: rankwise train {config} --plan {output}")
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        from rankwise.cli import render
+
+        output_console().print(render.plan_view(made))
