@@ -18,7 +18,10 @@ def command(
         bool, typer.Option("--strict", help="Exit with 3 if any consumer would be wrong or refuse.")
     ] = False,
 ) -> None:
-    """Audit any PEFT LoRA folder without its base model: who mis-scales it, by how much, and the mending command."""
+    """Audit any PEFT LoRA folder.
+
+    Says who mis-scales it, by how much, and which command mends it; needs no base model.
+    """
     from rankwise.export.audit import check_folder
 
     audit = check_folder(folder)

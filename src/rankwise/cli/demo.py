@@ -20,7 +20,10 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune MiniLM with GoRA on 45 WordNet supersenses, export, verify and report."""
+    """Run the whole main job on real input.
+
+    Fine-tunes MiniLM with GoRA on 45 WordNet supersenses, exports, verifies and reports.
+    """
     from rankwise.cli import render
     from rankwise.cli.progress import Drawing, output_console
     from rankwise.workflows.demo import demo

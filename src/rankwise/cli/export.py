@@ -32,7 +32,10 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write an adapter that serves with the same numbers, read it back and prove it."""
+    """Write a verified serving adapter.
+
+    It serves with the same numbers everywhere: the file is read back and compared before it is put in place.
+    """
     from rankwise.cli import render
     from rankwise.cli.progress import Drawing, output_console
     from rankwise.workflows.export import export

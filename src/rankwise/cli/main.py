@@ -1,13 +1,13 @@
-"""The command `rankwise`: one verb a file; this one holds the app, the exit codes and the last line of defense.
+"""The command `rankwise`: one verb a file; this one holds the app and the exit codes.
 
-Exit codes: 0 done; 1 the run failed; 2 a fault found before the first step; 3 a health check failed after it began;
+Exit codes: 0 done; 1 the run failed (an unforeseen fault shows its trace); 2 a fault found before the first step; 3 a health check failed after it began;
 130 interrupted. Nothing here or at the top of a verb's file imports torch, so that help answers at once.
 """
 
 import json
 import sys
-import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -22,21 +22,28 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich draws our results; for help its import alone would cost the time of the answer
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (demo, plan, train, export, check, report, methods):
     app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
 
 
-@app.callback()
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from importlib.metadata import version as installed_version
 
         sys.stdout.write(f"rankwise {installed_version('rankwise')}\n")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Spend a LoRA budget where it pays: train with published low-rank methods, leave one plain, verified adapter."""
 
 
 def _with_optional_values(arguments: Sequence[str]) -> list[str]:
@@ -66,24 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command line and leave with its exit code."""
     words = _with_optional_values(sys.argv[1:] if arguments is None else arguments)
     try:
-        outcome = app(words, prog_name="rankwise", standalone_mode=False)
+        app(words, prog_name="rankwise")
     except RankwiseError as error:
         _report_error(error, "--json" in words)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except Exception as error:  # the last line of defense: every other failure is exit code 1
-        show = getattr(error, "show", None)
-        if show is not None and hasattr(error, "exit_code"):  # a fault of usage, found by the command-line library
-            show()
-            sys.exit(int(error.exit_code))
-        if type(error).__name__ == "Abort":
-            sys.stderr.write("interrupted\n")
-            sys.exit(130)
-        traceback.print_exc()
-        sys.stderr.write("error: the run failed with a fault that rankwise did not foresee (above).\n")
-        sys.exit(1)
-    sys.exit(outcome if isinstance(outcome, int) else 0)

@@ -14,7 +14,10 @@ def command(
     method: Annotated[str | None, typer.Argument(help="One method, for its settings.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods, or show one: slots, source, settings with defaults, presets, learning rates."""
+    """List the methods, or show one.
+
+    Slots, source, settings with defaults, presets, learning rates.
+    """
     from rankwise.workflows.methods import describe_method, describe_methods
 
     body = describe_methods() if method is None else describe_method(method)

@@ -19,7 +19,10 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show each layer's rank, why, the parameter budget, and what the run will cost; trains nothing."""
+    """Show each layer's rank and why; train nothing.
+
+    Also the parameter budget and what the run will cost.
+    """
     from rankwise.cli.progress import Drawing, output_console
     from rankwise.errors import OutputError
 

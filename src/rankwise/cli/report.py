@@ -14,7 +14,10 @@ def command(
     run: Annotated[Path, typer.Argument(help="The run's output folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write report.html from the files of a run, finished or not, and say where it is."""
+    """Write a run's HTML report again.
+
+    From the files of a run, finished or not; prints where it is.
+    """
     import json
 
     from rankwise.report.report import write_report

@@ -30,7 +30,10 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Plan, train, verify and export. The same command again continues a run that was cut short."""
+    """Plan, train, verify and export.
+
+    The same command again continues a run that was cut short.
+    """
     from rankwise.workflows.config import load_config
 
     run = load_config(config, settings or [])
