@@ -1,7 +1,7 @@
 """The command `rankwise`: one verb a file; this one holds the app and the exit codes.
 
-Exit codes: 0 done; 1 the run failed (an unforeseen fault shows its trace); 2 a fault found before the first step; 3 a health check failed after it began;
-130 interrupted. Nothing here or at the top of a verb's file imports torch, so that help answers at once.
+0 done; 1 the run failed (an unforeseen fault shows its trace); 2 a fault found before the first step; 3 a health check
+failed after it began; 130 interrupted. Nothing here or at the top of a verb's file imports torch: help answers at once.
 """
 
 import json
