@@ -1,0 +1,192 @@
+"""What a run left behind, read from its folder and checked; the formats are those of docs/architecture.md."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from rankwise.errors import ArtifactError, PlanError
+from rankwise.ranks.plan import RankPlan
+
+__all__ = ["Health", "HealthLine", "Manifest", "Metric", "RankChange", "Run", "read_run"]
+
+_Json = dict[str, JsonValue]
+
+
+class _Record(BaseModel):
+    """A JSON object whose unknown keys are kept: a later version may write more."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+
+class Manifest(_Record):
+    """rankwise.json."""
+
+    format: Literal["rankwise-run"]
+    version: Literal[1]
+    status: Literal["running", "finished", "failed", "interrupted"]
+    config: _Json = Field(default_factory=dict)
+    config_hash: str | None = None
+    versions: dict[str, JsonValue] = Field(default_factory=dict)
+    threads: int | None = None
+    seed: int | None = None
+    data: _Json = Field(default_factory=dict)
+    budget: _Json | None = None
+    timings: dict[str, float | None] = Field(default_factory=dict)
+    result: _Json | None = None
+    export: _Json | None = None
+    calibration: _Json | None = None
+    error: str | None = None
+
+
+class Metric(_Record):
+    """One line of metrics.jsonl; other figures of the line are kept as they are."""
+
+    step: int
+    epoch: float | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    seconds: float | None = None
+
+
+class RankChange(_Record):
+    """One line of ranks.jsonl."""
+
+    step: int
+    layer: str
+    from_: int = Field(alias="from")
+    to: int
+    reason: str = ""
+
+
+class HealthLine(_Record):
+    """One check of health.json."""
+
+    id: str
+    stage: Literal["before", "during", "after"]
+    status: Literal["passed", "failed", "not exercised", "pending"]
+    measured: JsonValue = None
+    limit: JsonValue = None
+    message: str = ""
+    advice: str | None = None
+
+
+class Health(_Record):
+    """health.json."""
+
+    format: Literal["rankwise-health"]
+    version: Literal[1]
+    status: Literal["passed", "failed", "running"]
+    checks: tuple[HealthLine, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run; what an unfinished run has not written yet is empty or None."""
+
+    manifest: Manifest
+    plan: RankPlan | None
+    metrics: tuple[Metric, ...]
+    changes: tuple[RankChange, ...]
+    health: Health | None
+
+    @property
+    def final_ranks(self) -> Mapping[str, int]:
+        """The rank of every layer after the last change."""
+        planned = self.plan.ranks if self.plan else {}
+        return planned | {change.layer: change.to for change in self.changes}
+
+
+def read_run(folder: Path) -> Run:
+    """The files of a run.
+
+    A finished run must have its plan, metrics and health checks. A run that is going on, failed or was interrupted may
+    lack them, and the last line of its logs may be cut off.
+
+    Args:
+        folder: the run's output folder.
+
+    Returns:
+        What was read.
+
+    Raises:
+        ArtifactError: rankwise.json is missing, a finished run lacks a file, or a file is damaged; it is named.
+    """
+    path = folder / "rankwise.json"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: {folder} is not the output folder of a rankwise run; name one that is")
+    manifest = _parse(Manifest, _text(path), str(path))
+    finished = manifest.status == "finished"
+    needed = ("plan.json", "metrics.jsonl", "health.json") if finished else ()
+    for name in needed:
+        if not (folder / name).is_file():
+            raise ArtifactError(
+                f"{folder / name} is missing although {path} says that the run finished: restore the file, or run "
+                "again into an empty folder"
+            )
+    health = folder / "health.json"
+    return Run(
+        manifest=manifest,
+        plan=_plan(folder / "plan.json"),
+        metrics=_lines(Metric, folder / "metrics.jsonl", whole=finished),
+        changes=_lines(RankChange, folder / "ranks.jsonl", whole=finished),
+        health=_parse(Health, _text(health), str(health)) if health.is_file() else None,
+    )
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
+def _parse(kind: type[_Kind], text: str, source: str) -> _Kind:
+    """One object of a kind, with every fault in one error."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{source} is damaged: not JSON at line {error.lineno} ({error.msg}); restore it") from None
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()]
+        raise ArtifactError(f"{source} is damaged or not what its name says: {'; '.join(faults)}") from None
+
+
+def _lines(kind: type[_Kind], path: Path, *, whole: bool) -> tuple[_Kind, ...]:
+    """One object a line; a line that a kill cut off may be the last one of a run that has not finished."""
+    if not path.is_file():
+        return ()
+    lines = _text(path).split("\n")
+    if not whole and lines[-1] and not _is_json(lines[-1]):
+        lines.pop()
+    return tuple(_parse(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _plan(path: Path) -> RankPlan | None:
+    if not path.is_file():
+        return None
+    try:
+        return RankPlan.load(path)
+    except PlanError as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ArtifactError(f"{path} is damaged: not UTF-8 text; restore it") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
