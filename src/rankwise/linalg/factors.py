@@ -39,7 +39,7 @@ def project_onto_rows(matrix: Float[Tensor, "*b m n"], rows: Float[Tensor, "*b r
 
     Source: GoRA, arXiv 2502.12171v3, Eq. 9 and 10 (Pi_A = A^T (A A^T)^-1 A).
     """
-    basis = _row_basis(rows, _triangle(rows)).to(_working(matrix, rows))
+    basis = _row_basis(rows)[0].to(_working(matrix, rows))
     return (_wide(matrix, rows) @ basis.mT) @ basis
 
 
@@ -58,7 +58,7 @@ def regress_on_rows(products: Float[Tensor, "*b m r"], rows: Float[Tensor, "*b r
 
     Source: GoRA, arXiv 2502.12171v3, Eq. 9.
     """
-    triangle = _triangle(rows)
+    triangle = torch.linalg.qr(_extended(rows), mode="r").R
     wide = products.to(torch.float64)
     half = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False)  # (G A^T) R^-1
     return _narrow(_times_inverse_transpose(half, triangle), products, rows)
@@ -76,9 +76,9 @@ def regress_dense_on_rows(matrix: Float[Tensor, "*b m n"], rows: Float[Tensor, "
 
     Source: GoRA, arXiv 2502.12171v3, Eq. 9.
     """
-    triangle = _triangle(rows)
+    basis, triangle = _row_basis(rows)
     # The large product G Q stays in the working precision; only [r, n] and [m, r] arrays become float64.
-    coordinates = _wide(matrix, rows) @ _row_basis(rows, triangle).to(_working(matrix, rows)).mT
+    coordinates = _wide(matrix, rows) @ basis.to(_working(matrix, rows)).mT
     return _narrow(_times_inverse_transpose(coordinates.to(torch.float64), triangle), matrix, rows)
 
 
@@ -208,34 +208,32 @@ def _core(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return core
 
 
-def _triangle(rows: Tensor) -> Tensor:
-    """R [..., r, r] of rows^T = Q R in float64, made regular by a relative ridge where `rows` lacks full row rank."""
+def _extended(rows: Tensor) -> Tensor:
+    """rows^T in float64, extended by a relative ridge where `rows` lacks full row rank: [..., n or n + r, r].
+
+    The triangle R of its QR has R^T R = A A^T + ridge^2 I. ridge = sqrt(eps) * ||A||_2 holds directions of size
+    eps * ||A||_2 down to O(1) and costs the others (ridge / sigma)^2.
+    """
     wide = rows.to(torch.float64).mT
-    rank = rows.shape[-2]
+    columns, rank = wide.shape[-2:]
     epsilon = min(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps)
-    if rank <= rows.shape[-1]:
-        triangle: Tensor = torch.linalg.qr(wide, mode="r").R
-        singular = torch.linalg.svdvals(triangle)
-        deficient = singular[..., -1] <= 10 * epsilon * singular[..., 0]
-        if not bool(deficient.any()):
-            return triangle
-    else:
-        singular = torch.linalg.svdvals(wide)
-        deficient = torch.ones(singular.shape[:-1], dtype=torch.bool, device=rows.device)
-    # R^T R = A A^T + ridge^2 I, by QR of the extended matrix. ridge = sqrt(eps) * ||A||_2 holds directions of size
-    # eps * ||A||_2 down to O(1) and costs the others (ridge / sigma)^2.
+    # The singular values of a tall matrix are those of its triangle, which is much cheaper to decompose.
+    singular = torch.linalg.svdvals(torch.linalg.qr(wide, mode="r").R)
     largest = singular[..., 0]
+    deficient = torch.full_like(largest, rank > columns, dtype=torch.bool)
+    deficient |= singular[..., -1] <= 10 * epsilon * largest
+    if not bool(deficient.any()):
+        return wide
     ridge = torch.where(deficient, largest * math.sqrt(epsilon), torch.zeros_like(largest))
     ridge = torch.where(largest > 0, ridge, torch.ones_like(ridge))
     identity = torch.eye(rank, dtype=torch.float64, device=rows.device)
-    extended: Tensor = torch.linalg.qr(torch.cat([wide, ridge[..., None, None] * identity], dim=-2), mode="r").R
-    return extended
+    return torch.cat([wide, ridge[..., None, None] * identity], dim=-2)
 
 
-def _row_basis(rows: Tensor, triangle: Tensor) -> Tensor:
-    """Q^T = R^-T A [..., r, n] in float64."""
-    basis: Tensor = torch.linalg.solve_triangular(triangle.mT, rows.to(torch.float64), upper=False)
-    return basis
+def _row_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q^T [..., r, n], R [..., r, r]) of rows^T = Q R in float64."""
+    Q, R = torch.linalg.qr(_extended(rows))
+    return Q[..., : rows.shape[-1], :].mT, R
 
 
 def _times_inverse_transpose(left: Tensor, triangle: Tensor) -> Tensor:
