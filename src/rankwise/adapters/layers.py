@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankwise.errors import ModelError
 from rankwise.ranks.shapes import LayerShape
 
 __all__ = ["LayerKind", "LinearLayer", "view_linear"]
@@ -46,18 +47,59 @@ class LinearLayer:
         """W [out, in] in `dtype` on the layer's device: dequantized, transposed for Conv1D, detached.
 
         May share memory with the model when no conversion is needed: never write to it.
+
+        Raises:
+            ModelError: the weight is not in memory, or packed and bitsandbytes or its scales are missing.
         """
         stored = self.module.weight
         assert isinstance(stored, Tensor)
+        if stored.device.type == "meta":
+            raise ModelError(
+                f"{self.name}: the weight is not in memory (meta device, as device_map leaves offloaded layers): load "
+                "the model without disk or CPU offload"
+            )
         if self.kind == "4bit":
-            from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found, unused-ignore]
-
-            dense: Tensor = dequantize_4bit(stored.data, stored.quant_state)  # type: ignore[attr-defined]
-            return dense.detach().to(dtype)
-        if self.kind == "8bit":
-            raise NotImplementedError("8-bit: owned by adapters")
+            return _dense_4bit(self.name, stored, dtype)
+        if self.kind == "8bit" and stored.dtype == torch.int8:
+            return _dense_8bit(self.name, self.module, dtype)
         weight = stored.detach()
         return (weight.T if self.kind == "conv1d" else weight).to(dtype)
+
+
+def _dense_4bit(name: str, stored: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    state = getattr(stored, "quant_state", None)
+    if state is None:
+        raise ModelError(
+            f"{name}: the 4-bit weight has no quantization state: bitsandbytes packs it when the model is moved to its "
+            "device, so load the model with BitsAndBytesConfig(load_in_4bit=True) before using it"
+        )
+    try:
+        from bitsandbytes.functional import dequantize_4bit
+    except ImportError as error:
+        raise ModelError(
+            f"{name} is a bitsandbytes 4-bit layer and bitsandbytes cannot be imported ({error}): "
+            "pip install 'rankwise[quantized]'"
+        ) from error
+    dense: Tensor = dequantize_4bit(stored.data, state)
+    return dense.detach().to(dtype)
+
+
+def _dense_8bit(name: str, module: nn.Module, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """W = CB * SCB / 127 a row: bitsandbytes' `int8_vectorwise_dequant`, without bitsandbytes."""
+    stored = module.weight
+    assert isinstance(stored, Tensor)
+    # The scales lie on the weight until the first forward pass moves them to the layer's state.
+    scales = getattr(stored, "SCB", None)
+    if scales is None:
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if scales is None:
+        raise ModelError(
+            f"{name}: the 8-bit weight has no row scales (SCB): bitsandbytes makes them when the model is moved to its "
+            "device, so load the model with BitsAndBytesConfig(load_in_8bit=True) before using it"
+        )
+    rows = scales.detach().to(stored.device, torch.float32).reshape(-1, 1) / 127.0
+    dense: Tensor = stored.data.to(torch.float32) * rows
+    return dense.to(dtype)
 
 
 def view_linear(name: str, module: nn.Module) -> LinearLayer | None:
