@@ -11,7 +11,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from rankwise.report.svg import figure, frame, level, node, thin, ticks
+from rankwise.report.svg import figure, frame, level, node, shortened, thin, ticks
 
 __all__ = ["KIND_COLORS", "Line", "importance_bars", "line_chart", "stacked_bar"]
 
@@ -37,7 +37,7 @@ def importance_bars(identity: str, title: str, bars: Sequence[tuple[str, float, 
         shapes += [
             node(
                 "text",
-                _shortened(label, 26),
+                shortened(label, 26),
                 node("title", label),
                 x=186,
                 y=y + 16,
@@ -206,7 +206,3 @@ def stacked_bar(identity: str, title: str, parts: Sequence[tuple[str, float]], t
     ]
     description = "; ".join(f"{label} {figure(amount)} ({amount / whole:.1%})" for label, amount in parts)
     return frame(identity, title, description, 1000, 28, *shapes, style="height:28px;width:100%", stretch=True)
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else "…" + text[1 - length :]

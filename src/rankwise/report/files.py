@@ -100,7 +100,13 @@ class Run:
     def final_ranks(self) -> Mapping[str, int]:
         """The rank of every layer after the last change."""
         planned = self.plan.ranks if self.plan else {}
-        return planned | {change.layer: change.to for change in self.changes}
+        return planned | {change.layer: change.to for change in self.changes if change.layer in planned}
+
+    @property
+    def parameters(self) -> int:
+        """The live lora_A and lora_B parameters after the last change."""
+        ranks = self.final_ranks
+        return sum(ranks[layer.name] * layer.shape.cost for layer in self.plan.layers) if self.plan else 0
 
 
 def read_run(folder: Path) -> Run:

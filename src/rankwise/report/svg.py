@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-__all__ = ["LEVELS", "duration", "figure", "frame", "level", "node", "thin", "ticks"]
+__all__ = ["LEVELS", "duration", "figure", "frame", "level", "node", "shortened", "thin", "ticks"]
 
 LEVELS = 9
 """Steps of the color scale."""
@@ -124,6 +124,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def shortened(text: str, length: int) -> str:
+    """The end of a text that is too long, behind an ellipsis: the end of a layer's name says most."""
+    return text if len(text) <= length else "…" + text[len(text) - length + 1 :]
 
 
 def _number(value: float) -> str:
