@@ -1,10 +1,13 @@
 """The five slots that a method may fill; a slot that nobody fills behaves as plain LoRA."""
 
+import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +15,30 @@ from rankwise.adapters.layers import LinearLayer
 from rankwise.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
 from rankwise.ranks.shapes import LayerShape, ScalingRule
 
-__all__ = ["Allocation", "Budget", "Evaluator", "Factors", "Method", "Slot", "Start"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "DtypeCast",
+    "Evaluator",
+    "Factors",
+    "Method",
+    "Slot",
+    "Start",
+    "at_least",
+    "choice_faults",
+    "kaiming_uniform",
+    "keep_float32",
+    "range_faults",
+    "whole",
+]
+
+DtypeCast = Callable[[Tensor], Tensor]
+"""Rounds a float32 factor to the adapter's storage dtype and back to float32."""
+
+
+def keep_float32(factor: Tensor) -> Tensor:
+    """The cast of a float32 adapter: nothing is rounded."""
+    return factor
 
 
 class Slot(StrEnum):
@@ -42,26 +68,38 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """Ranks in the order of the layers, with the importance and the reason behind each."""
+    """Ranks in the order of the layers, with the importance and the reason behind each.
+
+    Args:
+        ranks: one a layer, >= 0; 0 drops the layer.
+        importance: one a layer, in the allocator's own unit; None if nothing was measured.
+        reasons: one a layer, a few words.
+        notes: remarks on the whole.
+        budget: parameters that the plan may have when a published rule was asked for that does not keep the run's
+            budget; None: the run's budget holds.
+    """
 
     ranks: tuple[int, ...]
     importance: tuple[float, ...] | None
     reasons: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
     """The factors of one layer: lora_A [rank, in] and lora_B [out, rank], float32 on the CPU."""
 
-    lora_A: Float[Tensor, "rank in"]
-    lora_B: Float[Tensor, "out rank"]
+    lora_A: Float[Tensor, "rank in"]  # noqa: N815  (the field's word)
+    lora_B: Float[Tensor, "out rank"]  # noqa: N815
 
 
 class Evaluator(Protocol):
     """The mean loss of the evaluation batches of calibration, with these lora_B values (None: the adapter off)."""
 
-    def __call__(self, lora_B: Mapping[str, Float[Tensor, "out rank"]] | None) -> float: ...
+    def __call__(self, lora_B: Mapping[str, Float[Tensor, "out rank"]] | None) -> float:
+        """The mean loss, in evaluation mode, reduced over all processes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +121,7 @@ class Start:
     divisor: float
     budget: Budget
     seed: int
-    dtype_cast: Callable[[Tensor], Tensor]
+    dtype_cast: DtypeCast
     statistics: LayerStatistics | None
 
 
@@ -103,8 +141,17 @@ class Method:
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Named settings ("paper", "official"): keyword arguments of the dataclass."""
 
-    def request(self, layers: Sequence[LayerShape], budget: Budget, seed: int) -> StatisticsRequest | None:
-        """What the method needs to know of the gradients; None if nothing."""
+    def request(
+        self, layers: Sequence[LayerShape], budget: Budget, seed: int, *, dtype_cast: DtypeCast = keep_float32
+    ) -> StatisticsRequest | None:
+        """What the method needs to know of the gradients; None if nothing.
+
+        Args:
+            layers: the targets, in their order.
+            budget: the run's budget.
+            seed: the run's seed.
+            dtype_cast: the rounding of `Start.dtype_cast`: projections are taken on the factor as it is stored.
+        """
         return None
 
     def allocate(
@@ -122,5 +169,66 @@ class Method:
         raise NotImplementedError(f"{self.id} does not fill the initialize slot")
 
     def refine(self, start: Mapping[str, Factors], evaluate: Evaluator) -> Mapping[str, Factors] | None:
-        """New lora_B values found by evaluating calibration batches on the attached, untrained model; None to keep them."""
+        """New lora_B values found by evaluating batches on the attached, untrained model; None to keep them."""
         return None
+
+    def notes(self, ranks: Mapping[str, int], budget: Budget) -> tuple[str, ...]:
+        """What the user should be told beside a plan with these ranks, one sentence each."""
+        return ()
+
+
+def kaiming_uniform(rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
+    """Draws U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's Kaiming-uniform with a = sqrt(5).
+
+    Args:
+        rows: rank of the factor, >= 1.
+        in_features: columns, >= 1.
+        source: the CPU generator of this draw.
+
+    Returns:
+        float32 on the CPU.
+
+    Source: He et al., arXiv 1502.01852, equation 14 with the gain sqrt(2 / (1 + 5)); PEFT's `reset_lora_parameters`.
+    """
+    bound = 1.0 / math.sqrt(in_features)
+    return torch.empty(rows, in_features).uniform_(-bound, bound, generator=source)
+
+
+def choice_faults(method: str, chosen: Mapping[str, tuple[object, Sequence[object]]]) -> list[str]:
+    """One message for each setting whose value is not among its choices: the value, the choices, the nearest name.
+
+    Args:
+        method: the method's id, the key its settings stand under.
+        chosen: by setting, the value and the allowed values.
+    """
+    faults = []
+    for key, (value, allowed) in chosen.items():
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            faults.append(f"{method}.{key}: {value!r} is not known{hint}; use one of {', '.join(map(str, allowed))}")
+    return faults
+
+
+def range_faults(method: str, numbers: Mapping[str, tuple[object, bool, str]]) -> list[str]:
+    """One message for each number outside its range.
+
+    Args:
+        method: the method's id, the key its settings stand under.
+        numbers: by setting, the value, whether it lies in the range, and the range in words.
+    """
+    return [
+        f"{method}.{key}: {value!r} is out of range; use {words}"
+        for key, (value, ok, words) in numbers.items()
+        if not ok
+    ]
+
+
+def at_least(value: object, low: float) -> bool:
+    """Whether the value is a finite number >= low."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= low
+
+
+def whole(value: object, low: int) -> bool:
+    """Whether the value is a whole number >= low."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
