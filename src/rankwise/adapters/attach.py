@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.lora_config import native_config
-from rankwise.adapters.targets import HEAD_NAMES, is_saved, refuse_adapted
+from rankwise.adapters.refusals import refuse_adapted
+from rankwise.adapters.targets import HEAD_NAMES, is_saved
 from rankwise.errors import ConfigError, ModelError, PlanError
 from rankwise.linalg.random import generator
 from rankwise.ranks.plan import RankPlan

@@ -19,17 +19,17 @@ __all__ = ["architecture_fingerprint", "base_tensors", "check_finite_weights", "
 # Settings that change what the same weights compute. Token ids, label names, caches and dropout rates are left out:
 # trainers edit them, and the function of the weights stays the same.
 _ESSENTIALS = (
-    "model_type", "*act", "*activation*", "*_heads", "head_dim", "d_kv", "*_eps", "*epsilon", "rope_*", "sliding_window",
-    "partial_rotary*", "layer_types", "*softcapping", "*_layers", "n_layer", "n_head", "position_embedding_type",
-    "relative_attention_*", "tie_word_embeddings", "is_decoder", "is_encoder_decoder", "is_gated_act",
-    "scale_attn*", "*_multiplier", "query_pre_attn_scalar", "num_experts*", "num_local_experts",
+    "model_type", "*act", "*activation*", "*_heads", "head_dim", "d_kv", "*_eps", "*epsilon", "rope_*", "layer_types",
+    "sliding_window", "partial_rotary*", "*softcapping", "*_layers", "n_layer", "n_head", "position_embedding_type",
+    "relative_attention_*", "tie_word_embeddings", "is_decoder", "is_encoder_decoder", "is_gated_act", "scale_attn*",
+    "*_multiplier", "query_pre_attn_scalar", "num_experts*", "num_local_experts",
 )  # fmt: skip
 _CHUNK_BYTES = 1 << 26
 _SHOWN = 5
 
 
 def architecture_fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits over the class, the settings that change the function, and the names and sizes of the weights.
+    """16 hexadecimal digits over the class, the settings that change the function, and the weights' names and sizes.
 
     Equal before and after an adapter is attached, for a quantized and a float copy of one model, and on every device.
     """

@@ -6,17 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.adapters.layers import LinearLayer, view_linear
-from rankwise.errors import ModelError, TargetError
+from rankwise.adapters.refusals import listed, refusal, refuse_adapted, shared_names
+from rankwise.errors import TargetError
 from rankwise.ranks.shapes import LayerShape
 
-__all__ = ["HEAD_NAMES", "Patterns", "Targets", "is_saved", "match_pattern", "refuse_adapted", "resolve_targets"]
+__all__ = ["HEAD_NAMES", "Patterns", "Targets", "is_saved", "match_pattern", "resolve_targets"]
 
 Patterns = str | Sequence[str]
 """A regular expression that must match the full name, or a list of full names or dotted endings of names."""
@@ -25,11 +23,6 @@ HEAD_NAMES = ("classifier", "score", "qa_outputs")
 """Task heads that PEFT trains in full (its classification and question-answering tasks)."""
 
 _ALL_LINEAR = "all-linear"
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# PEFT refuses these: their fused kernels read the weights and would never call the adapter.
-_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_MAMBA_NAMES = ("out_proj", "conv1d")
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +76,6 @@ def resolve_targets(
         chosen, more = _matched(model, modules, _or_default(model, target_modules), passed_over)
     layers = _views(model, chosen)
     return Targets(layers, (*notes, *more))
-
-
-def refuse_adapted(model: nn.Module) -> None:
-    """Passes if the model carries no PEFT adapter.
-
-    Raises:
-        ModelError: it does.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            raise ModelError(
-                f"the model already carries PEFT adapters (first at {name!r}): load a fresh base model, or take them "
-                "off first with model.unload() (drops them) or model.merge_and_unload() (adds them to the weights)"
-            )
 
 
 def match_pattern(pattern: Patterns, name: str) -> bool:
@@ -212,7 +191,7 @@ def _all_linear(
     for name, module in modules.items():
         if name in passed_over or module is head or view_linear(name, module) is None:
             continue
-        reason = _refusal(model, name, module)
+        reason = refusal(model, name, module)
         if reason is None or module.weight.device.type == "meta":
             chosen[name] = module
         else:
@@ -275,66 +254,17 @@ def _views(model: nn.Module, chosen: Mapping[str, nn.Module]) -> tuple[LinearLay
     """
     reasons: dict[str, list[str]] = defaultdict(list)
     layers = []
-    shared = _shared_names(model)
+    shared = shared_names(model)
     for name, module in chosen.items():
         view = view_linear(name, module)
-        reason = _refusal(model, name, module) or shared.get(name)
+        reason = refusal(model, name, module) or shared.get(name)
         if reason is None and view is not None:
             layers.append(view)
         else:
             reasons[reason or "is not a linear layer"].append(name)
     if reasons:
-        raise TargetError([f"{_listed(names)} cannot be adapted: {reason}" for reason, names in reasons.items()])
+        raise TargetError([f"{listed(names)} cannot be adapted: {reason}" for reason, names in reasons.items()])
     return tuple(layers)
-
-
-def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why PEFT's plain LoRA layer cannot be put on this module; None if it can."""
-    if isinstance(module, nn.Embedding):
-        return "an embedding; train it in full with modules_to_save, or leave it out"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "a convolution; only linear layers are adapted"
-    if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "part of torch's fused nn.MultiheadAttention, which never calls its layers one by one"
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in _MAMBA_TYPES and name.split(".")[-1] in _MAMBA_NAMES:
-        return f"{model_type}'s fused kernel reads this weight and would never call an adapter on it"
-    view = view_linear(name, module)
-    if view is None:
-        return _not_linear(module)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if weight.device.type == "meta":
-        return "the weight is not in memory (meta device, as device_map leaves offloaded layers); load without offload"
-    if not view.quantized and weight.dtype not in _FLOATING:
-        return f"weights of type {weight.dtype}; float weights and bitsandbytes' 4-bit and 8-bit layers are supported"
-    return None
-
-
-def _not_linear(module: nn.Module) -> str:
-    inside = [name for name, child in module.named_modules() if name and view_linear(name, child) is not None]
-    if inside:
-        return f"a {type(module).__name__}, not a linear layer; name the layers inside it: {', '.join(inside[:_SHOWN])}"
-    if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-        return f"a {type(module).__name__} with stacked expert weights, for which no serving format is agreed"
-    supported = "nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt"
-    return f"a {type(module).__name__}; supported are {supported}"
-
-
-def _shared_names(model: nn.Module) -> dict[str, str]:
-    """Why a module's weight is not its own: the module has two names, or its weight is tied to another module's."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if isinstance(weight, Tensor) and weight.device.type != "meta" and weight.numel():
-            names[weight.data_ptr()].append(name)
-    advice = "an adapter on one of them would break the tie; name it in exclude_modules"
-    return {
-        name: f"it shares its weight with {_listed([n for n in group if n != name])}, and {advice}"
-        for group in names.values()
-        if len(group) > 1
-        for name in group
-    }
 
 
 def _nearest(entry: str, modules: Mapping[str, nn.Module]) -> str:
@@ -352,8 +282,3 @@ def _available(model: nn.Module) -> str:
     if not leaves:
         return "The model has no linear layers."
     return "Linear layers of this model: " + ", ".join(f"{name} ({count})" for name, count in leaves.items())
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
