@@ -11,7 +11,8 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from rankwise.report.svg import figure, frame, level, node, shortened, thin, ticks
+from rankwise.report.svg import frame, level, node, thin, ticks
+from rankwise.report.words import figure, shortened
 
 __all__ = ["KIND_COLORS", "Line", "importance_bars", "line_chart", "stacked_bar"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from rankwise.report.grid import Panel
-from rankwise.report.svg import frame, level, node, shortened
+from rankwise.report.svg import frame, level, node
+from rankwise.report.words import shortened
 
 __all__ = ["heat_map"]
 

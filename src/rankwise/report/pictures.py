@@ -12,15 +12,14 @@ from rankwise.report.charts import KIND_COLORS, Line, importance_bars, line_char
 from rankwise.report.files import Metric, Run
 from rankwise.report.grid import OUTSIDE, Panel, arrange
 from rankwise.report.heat_map import heat_map
-from rankwise.report.svg import duration, figure
+from rankwise.report.summary import kind_shares, places, rank_sentence
+from rankwise.report.words import duration, figure
 
 __all__ = [
     "Part",
     "Picture",
-    "Share",
     "curves",
     "importance_section",
-    "kind_shares",
     "rank_section",
     "time_section",
 ]
@@ -45,44 +44,6 @@ class Part:
     label: str
     amount: str
     share: str
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one kind of layer got: how many layers, which ranks, how many parameters."""
-
-    kind: str
-    layers: int
-    lowest: int
-    mean: float
-    highest: int
-    parameters: int
-
-
-def kind_shares(plan: RankPlan, ranks: Mapping[str, int]) -> list[Share]:
-    """What each kind of layer got, in the order of the model.
-
-    Args:
-        plan: the layers.
-        ranks: rank by full layer name, normally `plan.ranks`.
-    """
-    panels = arrange(layer.name for layer in plan.layers)
-    layers = {layer.name: layer for layer in plan.layers}
-    groups: dict[str, list[LayerPlan]] = defaultdict(list)
-    for panel in panels:
-        for (_, kind), name in panel.cells.items():
-            groups[kind if len(panels) == 1 else f"{panel.stack} · {kind}"].append(layers[name])
-    return [
-        Share(
-            kind=kind,
-            layers=len(members),
-            lowest=min(ranks[layer.name] for layer in members),
-            mean=sum(ranks[layer.name] for layer in members) / len(members),
-            highest=max(ranks[layer.name] for layer in members),
-            parameters=sum(ranks[layer.name] * layer.shape.cost for layer in members),
-        )
-        for kind, members in groups.items()
-    ]
 
 
 def rank_section(run: Run) -> dict[str, object] | None:
@@ -111,7 +72,7 @@ def rank_section(run: Run) -> dict[str, object] | None:
     return {
         "maps": maps,
         "scale": scale,
-        "sentence": _rank_sentence(plan, final),
+        "sentence": rank_sentence(plan, final),
         "bar": bar,
         "shares": [
             (min(place, KIND_COLORS - 1), share, share.parameters / max(1, plan.budget))
@@ -140,20 +101,6 @@ def _hint(plan: RankPlan, layer: LayerPlan, rank: int) -> str:
     if layer.importance is not None:
         parts.append(f"importance {figure(layer.importance)}")
     return f"{layer.name}: {', '.join(parts)}" + (f" ({layer.reason})" if layer.reason else "")
-
-
-def _rank_sentence(plan: RankPlan, ranks: Mapping[str, int]) -> str:
-    ordered = sorted(plan.layers, key=lambda layer: ranks[layer.name])
-    least, most = ordered[0], ordered[-1]
-    lowest, highest = ranks[least.name], ranks[most.name]
-    count = f"{len(ordered)} adapted layer{'s' if len(ordered) > 1 else ''}"
-    if lowest == highest:
-        return f"{count}, all of rank {lowest}."
-    mean = sum(ranks[layer.name] for layer in ordered) / len(ordered)
-    return (
-        f"{count} with ranks from {lowest} to {highest}, {mean:.1f} on average. "
-        f"Most: {most.name} ({highest}). Least: {least.name} ({lowest})."
-    )
 
 
 def importance_section(run: Run) -> dict[str, object] | None:
@@ -189,21 +136,11 @@ def importance_section(run: Run) -> dict[str, object] | None:
         for place, panel in enumerate(panels)
     ]
     leaders = sorted(found, key=lambda name: -found[name])[:_BARS]
-    ranks, labels = run.final_ranks, _places(panels)
+    ranks, labels = run.final_ranks, places(panels)
     bars = importance_bars(
         "leaders", "The most important layers", [(labels[name], found[name], ranks[name]) for name in leaders]
     )
     return {"maps": maps, "scale": scale, "bars": bars, "shown": len(leaders), "layers": len(found)}
-
-
-def _places(panels: tuple[Panel, ...]) -> dict[str, str]:
-    """Each layer as a reader finds it in the heat map: kind and block, the stack where there are several."""
-    stacks = sum(panel.rows != (None,) for panel in panels)
-    return {
-        name: kind if row is None else f"{kind}, {panel.stack if stacks > 1 else 'block'} {row}"
-        for panel in panels
-        for (row, kind), name in panel.cells.items()
-    }
 
 
 def _times_text(value: float) -> str:

@@ -7,8 +7,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankwise.report.files import Run, read_run
-from rankwise.report.svg import figure
-from rankwise.report.view import page, plain
+from rankwise.report.view import page
+from rankwise.report.words import figure, plain
 
 __all__ = ["render_report", "write_report"]
 

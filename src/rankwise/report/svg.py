@@ -1,11 +1,11 @@
-"""Small pieces for drawing SVG by hand: escaped elements, an accessible frame, axis ticks and figures as text."""
+"""Small pieces for drawing SVG by hand: escaped elements, an accessible frame, color steps and axis ticks."""
 
 import math
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-__all__ = ["LEVELS", "duration", "figure", "frame", "level", "node", "shortened", "thin", "ticks"]
+__all__ = ["LEVELS", "frame", "level", "node", "thin", "ticks"]
 
 LEVELS = 9
 """Steps of the color scale."""
@@ -99,36 +99,6 @@ def thin(points: Sequence[tuple[float, float]], limit: int = 400) -> list[tuple[
     run = math.ceil(len(points) / limit)
     groups = [points[start : start + run] for start in range(0, len(points), run)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def figure(value: float, digits: int = 4) -> str:
-    """A number as people read it: thousands grouped, `digits` significant digits, an exponent only far from 1."""
-    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e15):
-        return f"{int(value):,}"
-    if not math.isfinite(value):
-        return str(value)
-    if abs(value) >= 10**digits:
-        return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}g}"
-
-
-def duration(seconds: float) -> str:
-    """A time span in its two largest units: `0.42 s`, `38 s`, `2 min 5 s`, `3 h 20 min`."""
-    if not math.isfinite(seconds):
-        return str(seconds)
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def shortened(text: str, length: int) -> str:
-    """The end of a text that is too long, behind an ellipsis: the end of a layer's name says most."""
-    return text if len(text) <= length else "…" + text[len(text) - length + 1 :]
 
 
 def _number(value: float) -> str:

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pydantic import JsonValue
-
 from rankwise.ranks.plan import RankPlan
 from rankwise.report.files import Manifest, Run
 from rankwise.report.pictures import curves, importance_section, rank_section, time_section
-from rankwise.report.svg import duration, figure
+from rankwise.report.words import duration, facts, figure, plain
 
-__all__ = ["Card", "facts", "page", "plain"]
+__all__ = ["Card", "page"]
 
 _STATUS = {
     "finished": ("✓", "good", "The run finished."),
@@ -63,44 +61,6 @@ def page(run: Run) -> dict[str, object]:
     }
 
 
-def facts(values: Mapping[str, JsonValue], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as (name, text) lines: names in words, numbers as people read them."""
-    lines: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = " · ".join(filter(None, (prefix, key.replace("_", " "))))
-        if isinstance(value, dict):
-            lines += facts(value, name)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            for number, item in enumerate(value, 1):
-                lines += facts(item if isinstance(item, dict) else {"": item}, f"{name} {number}")
-        else:
-            lines.append((name, plain(value, key)))
-    return lines
-
-
-def plain(value: JsonValue, key: str = "") -> str:
-    """One value as people read it; the key's name says whether a number is a share or a time."""
-    match value:
-        case None:
-            return "–"
-        case bool():
-            return "yes" if value else "no"
-        case int() | float() if _is_share(key) and 0 <= value <= 1:
-            return f"{value:.2%}"
-        case int() | float() if key.endswith("seconds"):
-            return duration(value)
-        case int() | float():
-            return figure(value)
-        case list():
-            return ", ".join(plain(item, key) for item in value) or "none"
-        case _:
-            return str(value)
-
-
-def _is_share(key: str) -> bool:
-    return "accuracy" in key or key.endswith(("share", "fraction"))
-
-
 def _model_name(run: Run) -> str:
     named = run.manifest.config.get("model") or (run.plan.model.name if run.plan else "")
     return PurePosixPath(str(named)).name or "a model"
@@ -136,7 +96,7 @@ def _cards(run: Run) -> list[Card]:
     seconds = sum(value for value in run.manifest.timings.values() if value)
     if seconds:
         cards.append(Card("time", duration(seconds), f"{len(run.manifest.timings)} phases"))
-    error = (run.manifest.export or {}).get("update_error")
+    error = _flat_export(run.manifest).get("update_error")
     if isinstance(error, int | float):
         cards.append(Card("export error", figure(error, 2), "largest relative, read back from the file"))
     return cards
@@ -145,11 +105,18 @@ def _cards(run: Run) -> list[Card]:
 def _export(manifest: Manifest) -> dict[str, object] | None:
     if not manifest.export:
         return None
-    verdicts = manifest.export.get("verdicts")
+    rest = {key: value for key, value in _flat_export(manifest).items() if key != "verdicts"}
+    verdicts = _flat_export(manifest).get("verdicts")
     rows = [row for row in verdicts if isinstance(row, dict)] if isinstance(verdicts, list) else []
-    rest = {key: value for key, value in manifest.export.items() if key != "verdicts"}
     columns = ("consumer", "version", "status", "error", "reason")
     return {"verdicts": [{column: row.get(column) for column in columns} for row in rows], "facts": facts(rest)}
+
+
+def _flat_export(manifest: Manifest) -> Mapping[str, object]:
+    """The export's figures with those of its verification beside them."""
+    export = dict(manifest.export or {})
+    verification = export.pop("verification", None)
+    return export | (verification if isinstance(verification, dict) else {})
 
 
 def _setting(manifest: Manifest, plan: RankPlan | None) -> list[tuple[str, str]]:
