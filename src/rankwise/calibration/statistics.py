@@ -21,16 +21,23 @@ class StatisticsRequest:
 
     Args:
         gradient: keep G itself (float32); refuses `memory: sampled`.
-        projection: given the layer's shape, P [k, in] float32 on the CPU; the statistics then hold G @ P.T [out, k], exact in every memory mode.
-        score: given W [rows, in] and G [rows, in] (float32), one or more float64 numbers [c]. It sees all rows under `exact` and `low`.
-        score_is_row_mean: the score is a mean over rows, so that a seeded sample of rows estimates it without bias; otherwise
-            `memory: sampled` is refused.
-        stop: given the batches seen so far and each layer's score of the running mean, whether to stop (adaptive N).
-        identity: what distinguishes this request in a cache's fingerprint (method settings that change projection or score).
+        projection: given the layer's shape, P [k, in] float32 on the CPU; the statistics then hold G @ P.T [out, k],
+            exact in every memory mode.
+        left_projection: given the layer's shape, Q [k, out] float32 on the CPU; the statistics then hold Q @ G [k, in],
+            exact in every memory mode (with `projection` a two-sided sketch of G).
+        score: given W [rows, in] and G [rows, in] (float32), one or more float64 numbers [c]. It sees all rows under
+            `exact` and `low`.
+        score_is_row_mean: the score is a mean over rows, so that a seeded sample of rows estimates it without bias;
+            otherwise `memory: sampled` is refused.
+        stop: given the number of batches used so far and each layer's score of the running mean, whether to stop
+            (adaptive N). Called once for each count from 1 on, in order; every process then runs every batch.
+        identity: what distinguishes this request in a cache's fingerprint (method settings that change projection or
+            score).
     """
 
     gradient: bool = False
     projection: Callable[[LayerShape], Float[Tensor, "k in"]] | None = None
+    left_projection: Callable[[LayerShape], Float[Tensor, "k out"]] | None = None
     score: Callable[[Float[Tensor, "rows in"], Float[Tensor, "rows in"]], Float[Tensor, " c"]] | None = None
     score_is_row_mean: bool = False
     stop: Callable[[int, Mapping[str, Float[Tensor, " c"]]], bool] | None = None
@@ -41,11 +48,14 @@ class StatisticsRequest:
 class LayerStatistics:
     """Statistics of one layer's mean gradient G [out, in]; tensors are float32 on the CPU unless said otherwise.
 
+    A layer that no batch reached (allowed by `on_unused="min"` only) has `batches` 0 and no tensors at all.
+
     Args:
         shape: the layer.
         batches: batches that reached the layer and were finite.
         gradient: G, if it was asked for.
         projection: G @ P.T [out, k], if it was asked for.
+        left_projection: Q @ G [k, in], if it was asked for.
         scores: float64 [c], if they were asked for.
         score_errors: float64 [c], the standard error of each sampled score; None where scores are exact.
     """
@@ -54,6 +64,7 @@ class LayerStatistics:
     batches: int
     gradient: Float[Tensor, "out in"] | None = None
     projection: Float[Tensor, "out k"] | None = None
+    left_projection: Float[Tensor, "k in"] | None = None
     scores: Float[Tensor, " c"] | None = None
     score_errors: Float[Tensor, " c"] | None = None
 
