@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,12 +23,8 @@ __all__ = [
     "Method",
     "Slot",
     "Start",
-    "at_least",
-    "choice_faults",
-    "kaiming_uniform",
     "keep_float32",
-    "range_faults",
-    "whole",
+    "setting_faults",
 ]
 
 DtypeCast = Callable[[Tensor], Tensor]
@@ -177,58 +172,39 @@ class Method:
         return ()
 
 
-def kaiming_uniform(rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
-    """Draws U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's Kaiming-uniform with a = sqrt(5).
+def setting_faults(
+    method: Method,
+    *,
+    choices: Mapping[str, Sequence[object]],
+    numbers: Mapping[str, float],
+    wholes: Mapping[str, int],
+    flags: Sequence[str] = (),
+) -> list[str]:
+    """One message for each setting that cannot be used: the value seen and what is allowed.
 
     Args:
-        rows: rank of the factor, >= 1.
-        in_features: columns, >= 1.
-        source: the CPU generator of this draw.
-
-    Returns:
-        float32 on the CPU.
-
-    Source: He et al., arXiv 1502.01852, equation 14 with the gain sqrt(2 / (1 + 5)); PEFT's `reset_lora_parameters`.
-    """
-    bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rows, in_features).uniform_(-bound, bound, generator=source)
-
-
-def choice_faults(method: str, chosen: Mapping[str, tuple[object, Sequence[object]]]) -> list[str]:
-    """One message for each setting whose value is not among its choices: the value, the choices, the nearest name.
-
-    Args:
-        method: the method's id, the key its settings stand under.
-        chosen: by setting, the value and the allowed values.
+        method: the method whose settings are checked.
+        choices: by setting, the allowed values; the nearest is told.
+        numbers: by setting, the least finite number allowed.
+        wholes: by setting, the least whole number allowed; None is allowed where it is the default.
+        flags: settings that are true or false.
     """
     faults = []
-    for key, (value, allowed) in chosen.items():
+    for key, allowed in choices.items():
+        value = getattr(method, key)
         if value not in allowed:
             near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            faults.append(f"{method}.{key}: {value!r} is not known{hint}; use one of {', '.join(map(str, allowed))}")
+            faults.append(f"{method.id}.{key}: {value!r} is not known{hint}; use one of {', '.join(map(str, allowed))}")
+    for key, low in numbers.items():
+        value = getattr(method, key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
+            faults.append(f"{method.id}.{key}: {value!r} is out of range; use a finite number >= {low:g}")
+    for key, low in wholes.items():
+        value, optional = getattr(method, key), getattr(type(method), key, 0) is None
+        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            faults.append(f"{method.id}.{key}: {value!r} is out of range; use a whole number >= {low}")
+    for key in flags:
+        if not isinstance(getattr(method, key), bool):
+            faults.append(f"{method.id}.{key}: {getattr(method, key)!r} is not a flag; use true or false")
     return faults
-
-
-def range_faults(method: str, numbers: Mapping[str, tuple[object, bool, str]]) -> list[str]:
-    """One message for each number outside its range.
-
-    Args:
-        method: the method's id, the key its settings stand under.
-        numbers: by setting, the value, whether it lies in the range, and the range in words.
-    """
-    return [
-        f"{method}.{key}: {value!r} is out of range; use {words}"
-        for key, (value, ok, words) in numbers.items()
-        if not ok
-    ]
-
-
-def at_least(value: object, low: float) -> bool:
-    """Whether the value is a finite number >= low."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= low
-
-
-def whole(value: object, low: int) -> bool:
-    """Whether the value is a whole number >= low."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low

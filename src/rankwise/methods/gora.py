@@ -46,9 +46,8 @@ from torch import Tensor
 
 from rankwise.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
 from rankwise.errors import BudgetError, CalibrationError, ConfigError
-from rankwise.linalg.factors import regress_on_rows
+from rankwise.linalg.factors import regress_dense_on_rows, regress_on_rows
 from rankwise.linalg.random import generator
-from rankwise.linalg.spectrum import truncated_svd
 from rankwise.methods.base import (
     Allocation,
     Budget,
@@ -58,19 +57,18 @@ from rankwise.methods.base import (
     Method,
     Slot,
     Start,
-    at_least,
-    choice_faults,
-    kaiming_uniform,
     keep_float32,
-    range_faults,
-    whole,
+    setting_faults,
 )
+from rankwise.methods.draws import Initialization, draw_factor, singular_rows
 from rankwise.methods.importance import (
     ROW_MEANS,
     Importance,
+    StopRule,
     has_gradient,
     importance_of,
     measured_importance,
+    rooted,
     softmax_shares,
     sum_shares,
 )
@@ -81,7 +79,6 @@ __all__ = ["GAMMA_CANDIDATES", "GoRA"]
 
 logger = logging.getLogger(__name__)
 
-Initialization = Literal["kaiming", "default_normal", "normal", "orthogonal", "weight_svd", "grad_svd"]
 Phi = Literal["sqrt", "linear", "log1p"]
 RankMode = Literal["exact", "paper", "official"]
 Rounding = Literal["moderate", "radical", "conserved"]
@@ -90,6 +87,17 @@ _PHI: Mapping[str, Callable[[float], float]] = {"sqrt": math.sqrt, "linear": lam
 _ROUND: Mapping[str, Callable[[float], int]] = {"moderate": round, "radical": math.ceil, "conserved": math.floor}
 _LOSS_NOISE = 1e-6  # the relative change of a float32 loss that is rounding alone
 GAMMA_CANDIDATES: tuple[float, ...] = tuple(0.8**k for k in range(52))  # down to 1.14e-5, the last above 1e-5
+
+_CHOICES: Mapping[str, Sequence[str]] = {
+    "importance": get_args(Importance),
+    "normalization": ("sum", "softmax"),
+    "rank_mode": get_args(RankMode),
+    "rounding": get_args(Rounding),
+    "phi": get_args(Phi),
+    "scaling": ("dynamic", "average"),
+    "initialization": get_args(Initialization),
+    "convergence_floor": ("relative", "absolute"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,31 +165,14 @@ class GoRA(Method):
     adaptive_gamma: bool = False
 
     def __post_init__(self) -> None:
-        choices: dict[str, tuple[object, Sequence[object]]] = {
-            "importance": (self.importance, get_args(Importance)),
-            "normalization": (self.normalization, ("sum", "softmax")),
-            "rank_mode": (self.rank_mode, get_args(RankMode)),
-            "rounding": (self.rounding, get_args(Rounding)),
-            "phi": (self.phi, get_args(Phi)),
-            "scaling": (self.scaling, ("dynamic", "average")),
-            "initialization": (self.initialization, get_args(Initialization)),
-            "convergence_floor": (self.convergence_floor, ("relative", "absolute")),
-        }
+        faults = setting_faults(
+            self,
+            choices=_CHOICES,
+            numbers={"gamma": 0, "stable_gamma": 0, "temperature": 1e-6, "convergence_threshold": 0},
+            wholes={"min_batches": 2, "r_min": 0, "r_max": 1},
+            flags=("scale_importance", "rank_stabilized", "scale_by_lr", "adaptive_batches", "adaptive_gamma"),
+        )
         low, high = self.r_min, self.r_max
-        ranges = {
-            "gamma": (self.gamma, at_least(self.gamma, 0), "a finite number >= 0"),
-            "stable_gamma": (self.stable_gamma, at_least(self.stable_gamma, 0), "a finite number >= 0"),
-            "temperature": (self.temperature, at_least(self.temperature, 1e-6), "a finite number >= 1e-6"),
-            "convergence_threshold": (
-                self.convergence_threshold,
-                at_least(self.convergence_threshold, 0),
-                "a finite number >= 0",
-            ),
-            "min_batches": (self.min_batches, whole(self.min_batches, 2), "a whole number >= 2"),
-            "r_min": (low, low is None or whole(low, 0), "a whole number >= 0, or null for half of r"),
-            "r_max": (high, high is None or whole(high, 1), "a whole number >= 1, or null for 4 * r"),
-        }
-        faults = choice_faults(self.id, choices) + range_faults(self.id, ranges)
         if not faults and low is not None and high is not None and low > high:
             faults.append(f"gora.r_min: {low} is above gora.r_max: {high}; lower r_min or raise r_max")
         if not faults and self.adaptive_gamma and not (self.scale_by_lr and self.gamma > 0):
@@ -201,6 +192,7 @@ class GoRA(Method):
         from_svd = self.initialization in ("weight_svd", "grad_svd")
         settings = (self.importance, self.initialization, self._estimate_rank(budget), self._cap(budget), seed)
         probe = dtype_cast(torch.tensor([1.0 / 3.0])).item()  # tells one storage dtype from another
+        stop = StopRule(self.min_batches, self.convergence_threshold, self.convergence_floor)
         return StatisticsRequest(
             gradient=from_svd,
             projection=None if from_svd else lambda shape: self._drawn(shape, budget, seed, dtype_cast),
@@ -208,7 +200,7 @@ class GoRA(Method):
                 self.importance, weight, gradient, self._estimate_rank(budget), generator(seed, "importance")
             ),
             score_is_row_mean=self.importance in ROW_MEANS,
-            stop=StopRule(self) if self.adaptive_batches else None,
+            stop=stop if self.adaptive_batches else None,
             identity=f"gora {settings} {probe!r}",
         )
 
@@ -260,23 +252,16 @@ class GoRA(Method):
         Raises:
             CalibrationError: if the statistics are missing, not finite, or hold fewer projected rows than the rank.
         """
-        shape, rank = start.layer.shape, start.rank
-        zero_B = torch.zeros(shape.out_features, rank)
-        factor = gain(self.gamma, shape.in_features, rank, start.divisor, start.budget.lora_alpha)
+        shape, found = start.layer.shape, start.statistics
+        factor = gain(self.gamma, shape.in_features, start.rank, start.divisor, start.budget.lora_alpha)
         if not self.scale_by_lr:
             factor = self.stable_gamma / start.budget.lora_alpha
-        found = start.statistics
-        if found is None:
-            if factor == 0 and self.initialization != "grad_svd":
-                return Factors(self._start_factor(start, None), zero_B)
-            raise CalibrationError(
-                f"layer {shape.name}: gora starts lora_B from gradient statistics, and there are none"
-            )
-        lora_A = self._start_factor(start, found.gradient)
-        products = _products(found, lora_A)
-        if factor == 0 or not products.any():
-            return Factors(lora_A, zero_B)
-        return Factors(lora_A, factor * descent_direction(products, lora_A, shape.name))
+        if found is None and (factor != 0 or self.initialization == "grad_svd"):
+            raise CalibrationError(f"layer {shape.name}: gora starts from gradient statistics, and there are none")
+        lora_A = self._start_factor(start)
+        if found is None or factor == 0 or not has_gradient(found):
+            return Factors(lora_A, torch.zeros(shape.out_features, start.rank))
+        return Factors(lora_A, factor * descent_direction(found, lora_A))
 
     def refine(self, start: Mapping[str, Factors], evaluate: Evaluator) -> Mapping[str, Factors] | None:
         """One gamma for all layers, the one of the 52 candidates with the lowest loss (adaptive gamma).
@@ -337,16 +322,15 @@ class GoRA(Method):
         source = generator(seed, "lora_A", shape.name)
         return dtype_cast(draw_factor(self.initialization, rows, shape.in_features, source))
 
-    def _start_factor(self, start: Start, gradient: Tensor | None) -> Float[Tensor, "rank in"]:
-        shape = start.layer.shape
-        if self.initialization in ("weight_svd", "grad_svd"):
-            matrix = start.layer.weight().cpu() if self.initialization == "weight_svd" else gradient
-            if matrix is None:
-                raise CalibrationError(f"layer {shape.name}: gora.initialization grad_svd needs the gradient itself")
+    def _start_factor(self, start: Start) -> Float[Tensor, "rank in"]:
+        shape, matrix = start.layer.shape, None
+        if self.initialization == "weight_svd":
+            matrix = start.layer.weight().cpu()
+        elif self.initialization == "grad_svd" and start.statistics is not None:
+            matrix = start.statistics.gradient
+        if matrix is not None and matrix.any():
             source = generator(start.seed, "lora_A", shape.name)
-            if matrix.any():
-                return start.dtype_cast(singular_rows(matrix, start.rank, source))
-            return start.dtype_cast(kaiming_uniform(start.rank, shape.in_features, source))
+            return start.dtype_cast(singular_rows(matrix, start.rank, source))
         drawn = self._drawn(shape, start.budget, start.seed, start.dtype_cast)
         if start.rank > drawn.shape[0]:
             raise ConfigError(
@@ -368,7 +352,7 @@ class GoRA(Method):
         if not alive.any() or not measured[alive].any():
             return [1.0 / len(layers)] * len(layers), ["gora: no layer had a gradient, so all got equal shares"]
         if self.scale_importance:
-            measured = _rooted(measured, layers)
+            measured = rooted(measured, layers)
         members = measured[alive].unbind(dim=1)
         normalized = [
             softmax_shares(member, self.temperature) if self.normalization == "softmax" else sum_shares(member)
@@ -379,6 +363,8 @@ class GoRA(Method):
         inverted = (
             self.importance == "grad_entropy" and self.normalization == "sum" and bool((measured[alive] <= 0).any())
         )
+        if not shares.isfinite().all():
+            raise CalibrationError("gora: the importances add up to zero, so shares have no meaning; use softmax")
         return shares.tolist(), [_INVERTED] if inverted else []
 
 
@@ -422,52 +408,31 @@ def official_ranks(
     return tuple(ranks)
 
 
-def draw_factor(kind: Initialization, rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
-    """The random factor on the input side, float32 on the CPU.
-
-    Source: hhnqqq/MyTransformers 4037d4d; the paper's A0 [m, r] is its transpose.
-    """
-    if kind == "default_normal":
-        return torch.randn(rows, in_features, generator=source) / math.sqrt(in_features)
-    if kind == "normal":
-        return torch.randn(rows, in_features, generator=source) * 0.02
-    if kind == "orthogonal":
-        Q, R = torch.linalg.qr(torch.randn(in_features, rows, generator=source, dtype=torch.float64))
-        rows_of_q: Tensor = (Q * R.diagonal().sign()).mT
-        return rows_of_q.float().contiguous()
-    return kaiming_uniform(rows, in_features, source)
-
-
-def singular_rows(matrix: Float[Tensor, "out in"], rank: int, source: torch.Generator) -> Float[Tensor, "rank in"]:
-    """diag(sigma_1..r) V_r^T of W or G, by a randomized SVD of 16 power iterations.
-
-    Source: hhnqqq/MyTransformers 4037d4d, `weight_svd` and `grad_svd`.
-    """
-    _, singular, Vh = truncated_svd(matrix, rank, generator=source, power_iterations=16)
-    return singular[:, None] * Vh
-
-
-def descent_direction(
-    products: Float[Tensor, "out rank"], lora_A: Float[Tensor, "rank in"], name: str
-) -> Float[Tensor, "out rank"]:
-    """B* = -G A^+, which minimizes ||G + B A||_F. The minus sign is descent.
+def descent_direction(found: LayerStatistics, lora_A: Float[Tensor, "rank in"]) -> Float[Tensor, "out rank"]:
+    """B* = -G A^+, which minimizes ||G + B A||_F; the minus sign is descent.
 
     Args:
-        products: G A^T.
+        found: what calibration kept: G, or G P^T where lora_A is the first rows of P.
         lora_A: A as it is stored.
-        name: the layer, for the message.
+
+    Returns:
+        float32 on the CPU.
 
     Raises:
         ConfigError: if the rank is above in: A A^T is then singular.
+        CalibrationError: if nothing was kept of the gradient, or it is not finite.
 
     Source: arXiv 2502.12171v3, eq. 9.
     """
-    rank, in_features = lora_A.shape
+    name, (rank, in_features) = found.shape.name, lora_A.shape
     if rank > in_features:
-        raise ConfigError(
-            f"layer {name}: rank {rank} is above its {in_features} input features; use at most {in_features}"
-        )
-    return -regress_on_rows(products, lora_A)
+        raise ConfigError(f"layer {name}: rank {rank} is above its {in_features} inputs; use at most {in_features}")
+    kept = found.gradient if found.projection is None else found.projection[:, :rank]
+    if kept is None:
+        raise CalibrationError(f"layer {name}: calibration kept neither G nor G A^T; calibrate with gora's request")
+    if not kept.isfinite().all():
+        raise CalibrationError(f"layer {name}: the mean gradient is not finite; look for overflow in the loss")
+    return -(regress_dense_on_rows(kept, lora_A) if found.projection is None else regress_on_rows(kept, lora_A))
 
 
 def gain(gamma: float, in_features: int, rank: int, divisor: float, lora_alpha: float) -> float:
@@ -480,72 +445,7 @@ def gain(gamma: float, in_features: int, rank: int, divisor: float, lora_alpha: 
     return gamma * math.sqrt(in_features / rank) * divisor / lora_alpha
 
 
-def has_converged(
-    previous: Float[Tensor, "layers c"],
-    current: Float[Tensor, "layers c"],
-    threshold: float,
-    floor: Float[Tensor, " c"] | float,
-) -> bool:
-    """Whether |I - I'| / (I' + floor) <= threshold in every layer, for both members of a pair.
-
-    Source: hhnqqq/MyTransformers 4037d4d, `gora_convergence_threshold`.
-    """
-    return bool(((current - previous).abs() / (previous + floor) <= threshold).all())
-
-
-class StopRule:
-    """Remembers the last importances of one calibration and says when they have settled (adaptive number of batches).
-
-    The relative change of a running mean falls as 1 / t even for pure noise: stopping near ten batches proves little.
-    """
-
-    def __init__(self, settings: GoRA) -> None:
-        self._settings = settings
-        self._previous: Tensor | None = None
-
-    def __call__(self, batches: int, scores: Mapping[str, Float[Tensor, " c"]]) -> bool:
-        """Whether to stop after this many batches.
-
-        Args:
-            batches: batches seen so far, 1-based; 1 starts anew.
-            scores: each layer's importance of the running mean gradient.
-        """
-        current = torch.stack([scores[name].double() for name in sorted(scores)])
-        previous, self._previous = (None if batches <= 1 else self._previous), current
-        if previous is None or batches < self._settings.min_batches:
-            return False
-        relative = self._settings.convergence_floor == "relative"
-        floor = 1e-3 * previous.abs().mean(dim=0) if relative else 1e-8
-        return has_converged(previous, current, self._settings.convergence_threshold, floor)
-
-
 # --- checks and words ---------------------------------------------------------------------------------------------
-
-
-def _products(found: LayerStatistics, lora_A: Float[Tensor, "rank in"]) -> Float[Tensor, "out rank"]:
-    """G A^T, from the projection where its rows are those of A, else from G."""
-    if found.projection is not None:
-        products = found.projection[:, : lora_A.shape[0]]
-    elif found.gradient is not None:
-        products = found.gradient.to(lora_A.dtype) @ lora_A.mT
-    else:
-        raise CalibrationError(
-            f"layer {found.shape.name}: calibration kept neither G nor G A^T; calibrate with gora's request"
-        )
-    if not products.isfinite().all():
-        raise CalibrationError(
-            f"layer {found.shape.name}: the mean gradient is not finite; look for overflow in the loss"
-        )
-    return products
-
-
-def _rooted(measured: Float[Tensor, "layers c"], layers: Sequence[LayerShape]) -> Float[Tensor, "layers c"]:
-    negative = [layer.name for layer, row in zip(layers, measured, strict=True) if (row < 0).any()]
-    if negative:
-        raise CalibrationError(
-            f"gora.scale_importance takes the root of an importance below 0 in layer {negative[0]}; turn it off"
-        )
-    return measured.sqrt()
 
 
 def _fill(

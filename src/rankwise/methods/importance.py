@@ -19,11 +19,14 @@ from rankwise.ranks.shapes import LayerShape
 __all__ = [
     "ROW_MEANS",
     "Importance",
+    "StopRule",
     "estimated_singular_values",
+    "has_converged",
     "has_gradient",
     "importance_of",
     "mean_absolute_product",
     "measured_importance",
+    "rooted",
     "softmax_shares",
     "sum_shares",
 ]
@@ -156,6 +159,63 @@ def softmax_shares(importance: Float[Tensor, " layers"], temperature: float) -> 
     return torch.softmax((importance - importance.min()) / spread / temperature, dim=0)
 
 
+def rooted(measured: Float[Tensor, "layers c"], layers: Sequence[LayerShape]) -> Float[Tensor, "layers c"]:
+    """The root of every importance (`scale_importance`).
+
+    Raises:
+        CalibrationError: for an importance below 0, which only an entropy can be; the layer is named.
+    """
+    negative = [layer.name for layer, row in zip(layers, measured, strict=True) if (row < 0).any()]
+    if negative:
+        raise CalibrationError(
+            f"gora.scale_importance takes the root of an importance below 0 in layer {negative[0]}; turn it off"
+        )
+    return measured.sqrt()
+
+
+def has_converged(
+    previous: Float[Tensor, "layers c"],
+    current: Float[Tensor, "layers c"],
+    threshold: float,
+    floor: Float[Tensor, " c"] | float,
+) -> bool:
+    """Whether |I - I'| / (|I'| + floor) <= threshold in every layer, for both members of a pair.
+
+    Source: hhnqqq/MyTransformers 4037d4d, `gora_convergence_threshold`.
+    """
+    return bool(((current - previous).abs() / (previous.abs() + floor) <= threshold).all())
+
+
+class StopRule:
+    """Remembers the last importances of one calibration and says when they have settled (adaptive number of batches).
+
+    Args (of the constructor): the batches before it may stop; the largest relative change; what keeps the ratio finite,
+    1e-3 of the mean importance (`relative`) or the code's 1e-8 (`absolute`).
+
+    The relative change of a running mean falls as 1 / t even for pure noise: stopping near ten batches proves little.
+    """
+
+    def __init__(self, min_batches: int, threshold: float, floor: Literal["relative", "absolute"]) -> None:
+        self._min_batches = min_batches
+        self._threshold = threshold
+        self._relative = floor == "relative"
+        self._previous: Tensor | None = None
+
+    def __call__(self, batches: int, scores: Mapping[str, Float[Tensor, " c"]]) -> bool:
+        """Whether to stop after this many batches.
+
+        Args:
+            batches: batches seen so far, 1-based; 1 starts anew.
+            scores: each layer's importance of the running mean gradient.
+        """
+        current = torch.stack([scores[name].double() for name in sorted(scores)])
+        previous, self._previous = (None if batches <= 1 else self._previous), current
+        if previous is None or batches < self._min_batches:
+            return False
+        floor = 1e-3 * previous.abs().mean(dim=0) if self._relative else 1e-8
+        return has_converged(previous, current, self._threshold, floor)
+
+
 def measured_importance(
     layers: Sequence[LayerShape], statistics: GradientStatistics | None
 ) -> Float[Tensor, "layers c"]:
@@ -166,10 +226,13 @@ def measured_importance(
     """
     if statistics is None:
         raise CalibrationError("ranks follow gradient statistics here, and there are none: pass calibration batches")
-    rows, faults = [], []
+    rows: list[Tensor | None] = []
+    faults = []
     for layer in layers:
         found = statistics.layers.get(layer.name)
-        if found is None or found.scores is None:
+        if found is not None and found.batches == 0:
+            rows.append(None)  # no batch reached it (on_unused="min")
+        elif found is None or found.scores is None:
             faults.append(f"layer {layer.name}: calibration found no importance; calibrate with this method's request")
         elif not found.scores.isfinite().all():
             faults.append(
@@ -180,7 +243,8 @@ def measured_importance(
             rows.append(found.scores.double().cpu())
     if faults:
         raise CalibrationError("\n".join(faults))
-    return torch.stack(rows)
+    nothing = next((torch.zeros_like(row) for row in rows if row is not None), torch.zeros(1, dtype=torch.float64))
+    return torch.stack([nothing if row is None else row for row in rows])
 
 
 def has_gradient(found: LayerStatistics) -> bool:

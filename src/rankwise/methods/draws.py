@@ -1,0 +1,56 @@
+"""How lora_A may start: random draws of a generator, and the leading singular rows of a matrix."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rankwise.linalg.spectrum import truncated_svd
+
+__all__ = ["Initialization", "draw_factor", "kaiming_uniform", "singular_rows"]
+
+Initialization = Literal["kaiming", "default_normal", "normal", "orthogonal", "weight_svd", "grad_svd"]
+
+
+def kaiming_uniform(rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
+    """Draws U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's Kaiming-uniform with a = sqrt(5).
+
+    Args:
+        rows: rank of the factor, >= 1.
+        in_features: columns, >= 1.
+        source: the CPU generator of this draw.
+
+    Returns:
+        float32 on the CPU.
+
+    Source: He et al., arXiv 1502.01852, equation 14 with the gain sqrt(2 / (1 + 5)); PEFT's `reset_lora_parameters`.
+    """
+    bound = 1.0 / math.sqrt(in_features)
+    return torch.empty(rows, in_features).uniform_(-bound, bound, generator=source)
+
+
+def draw_factor(kind: Initialization, rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
+    """The random factor on the input side, float32 on the CPU.
+
+    Source: hhnqqq/MyTransformers 4037d4d; the paper's A0 [m, r] is its transpose.
+    """
+    if kind == "default_normal":
+        return torch.randn(rows, in_features, generator=source) / math.sqrt(in_features)
+    if kind == "normal":
+        return torch.randn(rows, in_features, generator=source) * 0.02
+    if kind == "orthogonal":
+        Q, R = torch.linalg.qr(torch.randn(in_features, rows, generator=source, dtype=torch.float64))
+        rows_of_q: Tensor = (Q * R.diagonal().sign()).mT
+        return rows_of_q.float().contiguous()
+    return kaiming_uniform(rows, in_features, source)
+
+
+def singular_rows(matrix: Float[Tensor, "out in"], rank: int, source: torch.Generator) -> Float[Tensor, "rank in"]:
+    """diag(sigma_1..r) V_r^T of W or G, by a randomized SVD of 16 power iterations.
+
+    Source: hhnqqq/MyTransformers 4037d4d, `weight_svd` and `grad_svd`.
+    """
+    _, singular, Vh = truncated_svd(matrix, rank, generator=source, power_iterations=16)
+    return singular[:, None] * Vh
