@@ -1,0 +1,407 @@
+"""From a model and a recipe to a session: targets, calibration, plan, adapter, start; refusals come before the cost."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.attach import AdaptedLayer, adapted_layers, attach_lora, write_factors
+from rankwise.adapters.fingerprint import architecture_fingerprint, check_finite_weights
+from rankwise.adapters.layers import LinearLayer, view_linear
+from rankwise.adapters.targets import resolve_targets
+from rankwise.calibration.as_found import random_states_restored
+from rankwise.calibration.batches import Loss
+from rankwise.calibration.collect import OnBatch, collect
+from rankwise.calibration.processes import assert_equal_everywhere
+from rankwise.calibration.statistics import CollectorKind, GradientStatistics, MemoryMode, StatisticsRequest
+from rankwise.errors import CalibrationError, ConfigError, PlanError, RecipeError
+from rankwise.methods.base import Budget, Factors, Method, Start
+from rankwise.methods.recipe import Recipe, Situation
+from rankwise.ranks.plan import ModelIdentity, RankPlan
+from rankwise.ranks.shapes import LayerShape, uniform_budget
+from rankwise.training.session import AdapterSettings, CalibrationSummary, Session
+from rankwise.training.trial import EVALUATION_BATCHES, TrialLoss, reread
+
+__all__ = ["Calibration", "Methods", "Patterns", "attach", "plan"]
+
+Methods = Method | str | Sequence[Method | str] | Recipe
+Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The batches behind the gradient statistics, and how they are read.
+
+    Args:
+        batches: global batches, the same in every process; a one-shot iterator is read once and kept.
+        max_batches: at most so many are used, >= 1; None for all.
+        memory: where full gradients are held: `auto`, `exact`, `sampled` or `low`.
+        collector: how gradients are caught: `auto`, `outer` or `param`.
+        train_mode: whether dropout is active.
+        sample_share: the share of rows behind sampled importance, in (0, 1].
+        autocast_dtype: the autocast that training will use, or None.
+        token_weighted: weight batches by label tokens, as the loss over all of them would; otherwise a plain mean.
+        cache: a file that keeps the statistics for the next time, or None.
+        data_identity: what tells these batches from others, in the cache's fingerprint.
+        on_batch: called with the number of batches done and their total, if it is known.
+    """
+
+    batches: Iterable[Any]
+    max_batches: int | None = 64
+    memory: MemoryMode = "auto"
+    collector: CollectorKind = "auto"
+    train_mode: bool = False
+    sample_share: float = 0.25
+    autocast_dtype: torch.dtype | None = None
+    token_weighted: bool = True
+    cache: str | PathLike[str] | None = None
+    data_identity: str = ""
+    on_batch: OnBatch | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.max_batches is not None and self.max_batches < 1:
+            faults.append(f"calibration.max_batches is {self.max_batches}: it must be at least 1")
+        if not 0 < self.sample_share <= 1:
+            faults.append(f"calibration.sample_share is {self.sample_share}: it must be above 0 and at most 1")
+        if faults:
+            raise ConfigError(faults)
+
+
+def plan(
+    model: nn.Module,
+    methods: Methods = "lora",
+    *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    target_modules: Patterns | None = "all-linear",
+    exclude_modules: Patterns | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
+    seed: int = 0,
+    loss: Loss | None = None,
+) -> RankPlan:
+    """The ranks that `attach` would give this model, without attaching anything; the model is left as it was.
+
+    Args:
+        model: the base model.
+        methods: one method or id, or a list of them.
+        r: the budget: the parameters of a uniform LoRA of this rank on the same layers.
+        lora_alpha: alpha, > 0.
+        target_modules: which linear layers; see `adapters.targets.resolve_targets`.
+        exclude_modules: which of them to leave out.
+        modules_to_save: modules that will be trained in full.
+        calibration: batches, needed if a method asks for gradient statistics.
+        seed: the run's seed.
+        loss: `loss(model, batch) -> (mean loss, weight)` if the model's own does not serve.
+
+    Returns:
+        The plan, equal in every process.
+
+    Raises:
+        ConfigError: a setting, target, budget or recipe that cannot be used.
+        CalibrationError: statistics that could not be taken.
+        ModelError: non-finite base weights.
+    """
+    job = _prepare(
+        model, methods, r, lora_alpha, target_modules, exclude_modules, modules_to_save, seed, _calibration(calibration)
+    )
+    job.require_calibration((job.recipe.allocate,))
+    return job.allocate(job.collect((job.recipe.allocate,), loss))
+
+
+def attach(
+    model: nn.Module,
+    methods: Methods = "lora",
+    *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: Patterns | None = "all-linear",
+    exclude_modules: Patterns | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
+    plan: RankPlan | None = None,
+    task_type: str | None = None,
+    seed: int | None = None,
+    validation: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Session:
+    """Puts an adapter on the model as the methods want it, and hands back the session that trains it.
+
+    The base weights are never written and the global random states stay as they are.
+
+    Args:
+        model: the base model, without adapters.
+        methods: one method or id, or a list of them.
+        r: the budget: the parameters of a uniform LoRA of this rank on the same layers.
+        lora_alpha: alpha, > 0.
+        lora_dropout: dropout on the adapter's input, in [0, 1).
+        target_modules: which linear layers; see `adapters.targets.resolve_targets`.
+        exclude_modules: which of them to leave out.
+        modules_to_save: modules that are trained in full.
+        calibration: batches, needed if a method asks for gradient statistics.
+        plan: ranks to use instead of allocating; `r`, `lora_alpha`, the scaling rule and the layers are then the
+            plan's, `target_modules` is not looked at, and the methods give the start. Calibration is needed only if the
+            start asks for it.
+        task_type: PEFT's task type.
+        seed: the run's seed; by default the plan's, or 0.
+        validation: batches for schedules that score.
+        loss: `loss(model, batch) -> (mean loss, weight)` if the model's own does not serve.
+
+    Returns:
+        The session; `session.model` is a stock `peft.PeftModel`.
+
+    Raises:
+        ConfigError: a setting, target, budget, plan or recipe that cannot be used.
+        CalibrationError: statistics that could not be taken.
+        ModelError: non-finite base weights, or a model that already carries an adapter.
+    """
+    source = _calibration(calibration)
+    if plan is None:
+        job = _prepare(
+            model, methods, r, lora_alpha, target_modules, exclude_modules, modules_to_save, seed or 0, source
+        )
+        owners: tuple[Method, ...] = (job.recipe.allocate, job.recipe.initialize)
+    else:
+        job = _prepare_planned(model, methods, plan, seed, source)
+        owners = (job.recipe.initialize,)
+    job.require_calibration(owners)
+    statistics = job.collect(owners, loss)
+    final = job.allocate(statistics) if job.given is None else job.given
+    settings = AdapterSettings(
+        lora_dropout=lora_dropout, modules_to_save=tuple(modules_to_save or ()), task_type=task_type
+    )
+    with random_states_restored():
+        peft_model = attach_lora(model, final, **settings.arguments())
+        layers = adapted_layers(peft_model, settings.adapter_name)
+        _write_start(peft_model, layers, job, final, statistics, loss)
+    assert_equal_everywhere(_hash(final, layers), "the plan and the factors at step 0")
+    return Session(
+        peft_model,
+        final,
+        job.recipe,
+        final.seed,
+        settings=settings,
+        calibration=None if statistics is None else CalibrationSummary.of(statistics),
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What attach and plan have in common once the settings are checked."""
+
+    model: nn.Module
+    recipe: Recipe
+    layers: tuple[LinearLayer, ...]
+    budget: Budget
+    seed: int
+    identity: ModelIdentity
+    notes: tuple[str, ...]
+    calibration: Calibration | None
+    given: RankPlan | None = None
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        return tuple(layer.shape for layer in self.layers)
+
+    def request(self, owners: Sequence[Method]) -> StatisticsRequest | None:
+        asked = {owner.id: owner.request(self.shapes, self.budget, self.seed) for owner in owners}
+        requests = {name: request for name, request in asked.items() if request is not None}
+        if len(requests) > 1:
+            raise RecipeError(f"{' and '.join(requests)} both ask for gradient statistics: use one of them")
+        return next(iter(requests.values()), None)
+
+    def require_calibration(self, owners: Sequence[Method]) -> None:
+        if self.calibration is None and self.request(owners) is not None:
+            raise CalibrationError(
+                f"{'+'.join(self.recipe.ids)} needs gradient statistics: pass calibration=batches, a few dozen "
+                "batches with labels as training will see them"
+            )
+
+    def collect(self, owners: Sequence[Method], loss: Loss | None) -> GradientStatistics | None:
+        request = self.request(owners)
+        if request is None or self.calibration is None:
+            return None
+        with random_states_restored():
+            return _collect(self, self.calibration, request, loss)
+
+    def allocate(self, statistics: GradientStatistics | None) -> RankPlan:
+        allocation = self.recipe.allocate.allocate(self.shapes, self.budget, statistics)
+        ranks = dict(zip((shape.name for shape in self.shapes), allocation.ranks, strict=True))
+        made = RankPlan.from_shapes(
+            self.shapes,
+            allocation.ranks,
+            r=self.budget.r,
+            lora_alpha=self.budget.lora_alpha,
+            scaling_rule=self.recipe.scale.scaling_rule(),
+            methods=self.recipe.ids,
+            budget=max(self.budget.parameters, _cost(self.shapes, allocation.ranks)),
+            seed=self.seed,
+            model=self.identity,
+            importance=allocation.importance,
+            reasons=allocation.reasons,
+            notes=(*self.notes, *allocation.notes, *self.recipe.notes(ranks, self.budget)),
+        )
+        assert_equal_everywhere(made.hash(), "the rank plan")
+        return made
+
+
+def _prepare(
+    model: nn.Module,
+    methods: Methods,
+    r: int,
+    lora_alpha: float,
+    target_modules: Patterns | None,
+    exclude_modules: Patterns | None,
+    modules_to_save: Sequence[str] | None,
+    seed: int,
+    calibration: Calibration | None,
+) -> _Job:
+    recipe = Recipe.of(methods)
+    _check_budget(r, lora_alpha)
+    targets = resolve_targets(model, target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save)
+    recipe.check(_situation(targets.layers, calibration))
+    shapes = [layer.shape for layer in targets.layers]
+    budget = Budget(r=r, lora_alpha=float(lora_alpha), parameters=uniform_budget(shapes, r))
+    check_finite_weights(targets.layers)
+    return _Job(model, recipe, targets.layers, budget, seed, _identity(model), targets.notes, calibration)
+
+
+def _prepare_planned(
+    model: nn.Module, methods: Methods, given: RankPlan, seed: int | None, calibration: Calibration | None
+) -> _Job:
+    recipe = Recipe.of(methods)
+    identity = _identity(model)
+    modules = dict(model.named_modules())
+    views = [view_linear(name, modules[name]) for name in given.ranks if name in modules]
+    found = [view for view in views if view is not None]
+    given.validate_for([view.shape for view in found])
+    if given.model.fingerprint and given.model.fingerprint != identity.fingerprint:
+        raise PlanError(
+            f"the plan was made for {given.model.name or 'a model'} with the architecture {given.model.fingerprint}; "
+            f"this model ({identity.name or type(model).__name__}) has {identity.fingerprint}: make a new plan for it"
+        )
+    live = tuple(view for view in found if given.ranks[view.name] > 0)
+    recipe.check(_situation(live, calibration))
+    check_finite_weights(live)
+    notes = given.notes
+    if given.methods != recipe.ids:
+        notes = (*notes, f"ranks from a plan of {'+'.join(given.methods)}, start from {'+'.join(recipe.ids)}")
+    used = replace(given, methods=recipe.ids, seed=given.seed if seed is None else seed, model=identity, notes=notes)
+    budget = Budget(r=given.r, lora_alpha=given.lora_alpha, parameters=given.budget)
+    return _Job(model, recipe, live, budget, used.seed, identity, (), calibration, given=used)
+
+
+def _check_budget(r: int, lora_alpha: float) -> None:
+    faults = []
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        faults.append(f"r is {r!r}: it must be a whole number of at least 1")
+    if not 0 < lora_alpha < float("inf"):
+        faults.append(f"lora_alpha is {lora_alpha!r}: it must be a number above 0")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _situation(layers: Sequence[LinearLayer], calibration: Calibration | None) -> Situation:
+    return Situation(
+        quantized=any(layer.quantized for layer in layers),
+        offloaded=any(layer.device.type == "meta" for layer in layers),
+        collector="auto" if calibration is None else calibration.collector,
+    )
+
+
+def _calibration(given: Calibration | Iterable[Any] | None) -> Calibration | None:
+    """Batches as a Calibration whose batches can be read again: one-shot iterators are kept, loaders are read once."""
+    if given is None:
+        return None
+    found = given if isinstance(given, Calibration) else Calibration(batches=given)
+    if isinstance(found.batches, list | tuple):
+        return found
+    limit = None if found.max_batches is None else found.max_batches + EVALUATION_BATCHES
+    with random_states_restored():
+        return replace(found, batches=list(islice(found.batches, limit)))
+
+
+def _collect(job: _Job, calibration: Calibration, request: StatisticsRequest, loss: Loss | None) -> GradientStatistics:
+    return collect(
+        job.model,
+        job.layers,
+        calibration.batches,
+        request,
+        memory=calibration.memory,
+        collector=calibration.collector,
+        max_batches=calibration.max_batches,
+        token_weighted=calibration.token_weighted,
+        train_mode=calibration.train_mode,
+        sample_share=calibration.sample_share,
+        seed=job.seed,
+        autocast_dtype=calibration.autocast_dtype,
+        loss=loss,
+        on_batch=calibration.on_batch,
+    )
+
+
+def _write_start(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    job: _Job,
+    final: RankPlan,
+    statistics: GradientStatistics | None,
+    loss: Loss | None,
+) -> None:
+    """Factors at step 0: the initializer's, then what it refines by evaluating a few calibration batches."""
+    method = job.recipe.initialize
+    start: dict[str, Factors] = {}
+    for name, layer in layers.items():
+        start[name] = method.initialize(
+            Start(
+                layer=layer.base,
+                rank=layer.rank,
+                divisor=final.lora_alpha / layer.scaling,
+                budget=job.budget,
+                seed=final.seed,
+                dtype_cast=_rounding(layer.lora_A.dtype),
+                statistics=None if statistics is None else statistics.layers[name],
+            )
+        )
+        write_factors(layer, start[name].lora_A, start[name].lora_B)
+    if type(method).refine is Method.refine or job.calibration is None:
+        return
+    source = job.calibration
+    trial = TrialLoss(
+        model,
+        layers,
+        reread(source.batches, source.max_batches),
+        loss=loss,
+        autocast_dtype=source.autocast_dtype,
+    )
+    for name, factors in (method.refine(start, trial) or {}).items():
+        write_factors(layers[name], factors.lora_A, factors.lora_B)
+
+
+def _rounding(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype).to(torch.float32)
+
+
+def _identity(model: nn.Module) -> ModelIdentity:
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return ModelIdentity(
+        name=Path(name).name if Path(name).is_dir() else name, fingerprint=architecture_fingerprint(model)
+    )
+
+
+def _cost(shapes: Sequence[LayerShape], ranks: Sequence[int]) -> int:
+    return sum(rank * shape.cost for shape, rank in zip(shapes, ranks, strict=True))
+
+
+def _hash(final: RankPlan, layers: Mapping[str, AdaptedLayer]) -> str:
+    """The plan's hash with a sum over the start, cheap enough to compare in every process."""
+    total = sum(float(layer.lora_A.detach().double().sum()) for layer in layers.values())
+    total += sum(float(layer.lora_B.detach().double().abs().sum()) for layer in layers.values())
+    return f"{final.hash()}:{total:.17g}"

@@ -1,0 +1,210 @@
+"""The session inside transformers' Trainer: the calls of a bare loop, and checkpoints that are whole or absent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.calibration.processes import all_reduce_sum, process_index, world_size
+from rankwise.errors import CheckpointError, ConfigError, TrainingInterrupted
+from rankwise.training.marker import rotate
+from rankwise.training.session import Session
+from rankwise.training.signals import StopRequest
+from rankwise.training.state import seal_checkpoint
+
+__all__ = ["Listener", "SessionCallback", "TrainingEvent"]
+
+AGREE_EVERY = 8
+"""Steps between two looks of several processes at each other's stop requests (each look synchronizes them)."""
+
+EventKind = Literal["begin", "step", "log", "evaluate", "save", "end"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEvent:
+    """Something that happened in training, for whoever draws or records it; sent in process 0 only.
+
+    Args:
+        kind: what happened.
+        step: optimizer steps made so far.
+        max_steps: optimizer steps of the whole run.
+        epoch: epochs made so far.
+        values: what Trainer logged (`loss`, `grad_norm`, `learning_rate`, `eval_loss`, ...).
+        folder: the checkpoint of a "save" event.
+    """
+
+    kind: EventKind
+    step: int
+    max_steps: int
+    epoch: float = 0.0
+    values: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+Listener = Callable[[TrainingEvent], None]
+
+
+class SessionCallback(TrainerCallback):
+    """Runs a session in Trainer: schedules and guard around steps, markers and rotation around checkpoints, signals.
+
+    Trainer's own rotation is switched off (it removes old checkpoints before the new one is complete) and done here
+    after the marker is written; `save_total_limit` keeps its meaning. Trainer's filter that hides non-finite losses is
+    switched off. Ctrl-C and SIGTERM end the run after a checkpoint at the end of the step, with TrainingInterrupted.
+
+    Args:
+        session: the session whose model Trainer trains.
+        on_event: listeners.
+        stop: signals that the caller already listens to.
+    """
+
+    def __init__(
+        self, session: Session, *, on_event: Listener | Sequence[Listener] = (), stop: StopRequest | None = None
+    ) -> None:
+        self.session = session
+        self.stop = stop or StopRequest()
+        self._listeners: tuple[Listener, ...] = (on_event,) if callable(on_event) else tuple(on_event)
+        self._keep: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wiring and guard; from here on a signal waits for the end of the step."""
+        self._check_wiring(args, state, kwargs.get("model"))
+        args.logging_nan_inf_filter = False
+        if args.save_total_limit is not None:
+            self._keep = max(1, args.save_total_limit)
+            args.save_total_limit = None
+        if args.output_dir and self.session.health.folder is None:
+            self.session.health.folder = Path(args.output_dir)
+        self.session.begin(kwargs["optimizer"], state.max_steps)
+        self.stop.stepping = True
+        self.stop.install()
+        self._send("begin", state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the forward pass."""
+        self.session.before_step(state.global_step + 1)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After clipping."""
+        self.session.before_optimizer_step(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Schedules, then a requested stop: save now, train no further."""
+        self.session.after_step(state.global_step)
+        if self._stop_agreed(state.global_step):
+            control.should_save = True
+            control.should_training_stop = True
+        self._send("step", state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The guard's look at losses and counters."""
+        values = dict(logs or {})
+        self._send("log", state, values=values)
+        self.session.logged(state.global_step, values)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Passes the metrics on."""
+        self._send("evaluate", state, values=dict(metrics or {}))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer has written its files: add ours, the marker last, and only then let old checkpoints go."""
+        run = Path(str(args.output_dir))
+        folder = run / f"checkpoint-{state.global_step}"
+        seal_checkpoint(self.session, folder)
+        if self._keep is not None and process_index() == 0:
+            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+            rotate(run, keep=self._keep, written=folder, protected=best)
+        self._send("save", state, folder=folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The guard's last word; an interrupted run ends with TrainingInterrupted instead."""
+        self.stop.stepping = False
+        self.stop.restore()
+        if self.stop.requested and state.global_step < state.max_steps:
+            if self.session.health.folder is not None and process_index() == 0:
+                self.session.health.save(self.session.health.folder / "health.json")
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            raise TrainingInterrupted(
+                f"stopped by a signal after step {state.global_step} of {state.max_steps}; {folder.name} is complete: "
+                "start the same command again to go on from it"
+            )
+        self.session.end(state.global_step)
+        self._send("end", state)
+
+    def close(self) -> None:
+        """Puts the signal handlers back."""
+        self.stop.restore()
+
+    def _check_wiring(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        faults = []
+        if model is not None and getattr(model, "module", model) is not self.session.model:
+            faults.append(
+                f"Trainer trains another model ({type(model).__name__}) than the session's: pass session.model to it"
+            )
+        if args.save_only_model:
+            faults.append(
+                "save_only_model leaves the optimizer out of checkpoints, so a run could not go on: set it false"
+            )
+        if faults:
+            raise ConfigError(faults)
+        if state.global_step != self.session.step:
+            raise CheckpointError(
+                f"the session is at step {self.session.step} and Trainer starts from step {state.global_step}: call "
+                "session = rw.resume(model, checkpoint) and trainer.train(resume_from_checkpoint=checkpoint) with one "
+                "checkpoint, or neither"
+            )
+
+    def _stop_agreed(self, step: int) -> bool:
+        """Whether to stop here, the same answer in every process."""
+        if world_size() == 1:
+            return self.stop.requested
+        if step % AGREE_EVERY:
+            return False
+        requested = bool(all_reduce_sum(torch.tensor([float(self.stop.requested)])).item())
+        self.stop.requested = requested
+        return requested
+
+    def _send(
+        self,
+        kind: EventKind,
+        state: TrainerState,
+        *,
+        values: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        if not self._listeners or process_index():
+            return
+        event = TrainingEvent(
+            kind=kind,
+            step=state.global_step,
+            max_steps=state.max_steps,
+            epoch=float(state.epoch or 0.0),
+            values=values or {},
+            folder=folder,
+        )
+        for listener in self._listeners:
+            listener(event)

@@ -1,0 +1,266 @@
+"""One adapter in training: the model, its plan, and everything that must happen around its steps."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rankwise.adapters.attach import AdaptedLayer, adapted_layers
+from rankwise.adapters.fingerprint import weights_fingerprint
+from rankwise.adapters.state import FoldState
+from rankwise.calibration.statistics import GradientStatistics
+from rankwise.errors import VerificationError
+from rankwise.methods.recipe import Recipe
+from rankwise.ranks.plan import RankPlan
+from rankwise.training.guard import Guard, HealthCheck
+from rankwise.training.optimizers import adamw_and_scheduler, unwrapped
+from rankwise.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from rankwise.export.layouts import Layout
+    from rankwise.export.write import ExportReport
+    from rankwise.training.callback import Listener, SessionCallback
+    from rankwise.training.signals import StopRequest
+
+__all__ = ["AdapterSettings", "CalibrationSummary", "Session"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings:
+    """What belongs to the adapter and is neither in the plan nor in a method."""
+
+    lora_dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    adapter_name: str = "default"
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of `attach_lora`."""
+        return {**asdict(self), "modules_to_save": list(self.modules_to_save) or None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSummary:
+    """What is worth keeping of the gradient statistics once the start is written; JSON-ready."""
+
+    batches: int
+    skipped: int
+    tokens: float
+    loss: float
+    memory: str
+    collector: str
+    row_share: float
+    seconds: float
+    from_cache: bool
+
+    @classmethod
+    def of(cls, statistics: GradientStatistics) -> Self:
+        """The figures without the tensors."""
+        return cls(**{name: getattr(statistics, name) for name in cls.__dataclass_fields__})
+
+
+class Session:
+    """A model with its adapter, in training: what `attach` and `resume` hand back.
+
+    Works unchanged in transformers' Trainer, TRL's SFTTrainer and a bare Accelerate loop. A bare loop calls `begin`,
+    `before_step`, `before_optimizer_step`, `after_step`, `logged` and `end`; for the trainers the callback does.
+
+    Args:
+        model: the attached model, a stock PeftModel.
+        plan: the ranks and scalings that the adapter has.
+        recipe: the methods behind it.
+        seed: the run's seed.
+        settings: dropout, saved modules, task type.
+        schedules: what acts around steps.
+        calibration: figures of the gradient statistics, if any were taken.
+        step: optimizer steps already made (a resumed run).
+        notes: remarks worth showing.
+    """
+
+    def __init__(
+        self,
+        model: "PeftModel",
+        plan: RankPlan,
+        recipe: Recipe,
+        seed: int,
+        *,
+        settings: AdapterSettings | None = None,
+        schedules: Sequence[Schedule] = (),
+        calibration: CalibrationSummary | None = None,
+        step: int = 0,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.recipe = recipe
+        self.seed = seed
+        self.settings = settings or AdapterSettings()
+        self.schedules = tuple(schedules)
+        self.calibration = calibration
+        self.step = step
+        self.notes = tuple(notes)
+        self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
+        self.health = Guard(self.layers, model)
+        self._planned_steps: int | None = None
+        self._base_weights: str | None = None
+        self._callbacks: list[SessionCallback] = []
+
+    @property
+    def base_weights(self) -> str:
+        """The fingerprint of the base weights; hashed once, they never change."""
+        if self._base_weights is None:
+            self._base_weights = weights_fingerprint(self.model)
+        return self._base_weights
+
+    @property
+    def fold_state(self) -> FoldState:
+        """What export has to fold beside lora_A and lora_B; empty without a schedule."""
+        return FoldState()
+
+    def optimizers(self, args: object, num_training_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """AdamW over the adapter and its learning-rate schedule, as `Trainer(optimizers=...)` takes them.
+
+        Args:
+            args: TrainingArguments or any object with `learning_rate` and the like; see `adamw_and_scheduler`.
+            num_training_steps: optimizer steps of the whole run.
+
+        Raises:
+            ConfigError: a learning rate of 0, no steps, or an optimizer that is not AdamW.
+        """
+        built = adamw_and_scheduler(self.model, args, num_training_steps)
+        decays = str(getattr(args, "lr_scheduler_type", "linear")).rpartition(".")[2].lower()
+        self._planned_steps = None if decays.startswith("constant") else num_training_steps
+        return built
+
+    def callback(
+        self, *, on_event: "Listener | Sequence[Listener]" = (), stop: "StopRequest | None" = None
+    ) -> "SessionCallback":
+        """The Trainer callback: schedules, guard, complete checkpoints, rotation and signals.
+
+        Args:
+            on_event: called with each `TrainingEvent`.
+            stop: signals that the caller already listens to; by default the callback listens while it trains.
+        """
+        from rankwise.training.callback import SessionCallback
+
+        made = SessionCallback(self, on_event=on_event, stop=stop)
+        self._callbacks.append(made)
+        return made
+
+    def begin(self, optimizer: Any, max_steps: int) -> None:
+        """Before the first step: the guard's checks, then every schedule; the optimizer may be wrapped.
+
+        Raises:
+            ConfigError: the optimizer, its learning rate or the schedule does not fit the run.
+        """
+        inner = unwrapped(optimizer)
+        self.health.gradients.protecting = getattr(optimizer, "scaler", None) is None
+        self.health.begin(inner, max_steps, self._planned_steps)
+        for schedule in self.schedules:
+            schedule.begin(inner, max_steps)
+
+    def before_step(self, step: int) -> None:
+        """Before the forward pass of step `step`, counted from 1."""
+        for schedule in self.schedules:
+            schedule.before_step(step)
+
+    def before_optimizer_step(self, step: int) -> None:
+        """After clipping, before the optimizer."""
+        for schedule in self.schedules:
+            schedule.before_optimizer_step(step)
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer, before logging, evaluation and saving."""
+        for schedule in self.schedules:
+            schedule.after_step(step)
+        self.step = step
+
+    def logged(self, step: int, values: Mapping[str, float]) -> None:
+        """At a logging step: the guard looks at `loss` and `grad_norm` and at its counters.
+
+        Raises:
+            HealthError: training is broken.
+        """
+        self.health.logged(step, values)
+
+    def end(self, step: int) -> None:
+        """After the last step: schedules finish, then the guard proves that something was trained.
+
+        Raises:
+            HealthError: it was not.
+        """
+        for schedule in self.schedules:
+            schedule.end(step)
+        self.health.end(step)
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+    ) -> None:
+        """Writes a complete native checkpoint that `resume` goes on from.
+
+        Under Trainer the callback does this. In a bare loop give the optimizer and scheduler: they are stored, with the
+        random states, for `restore`.
+
+        Args:
+            folder: the checkpoint's folder, normally `checkpoint-<step>`.
+            step: optimizer steps made; by default as counted by `after_step`.
+            optimizer: the optimizer, wrapped or not.
+            scheduler: the learning-rate scheduler, wrapped or not.
+        """
+        from rankwise.training.state import write_checkpoint
+
+        self.step = self.step if step is None else step
+        write_checkpoint(self, Path(folder), optimizer=optimizer, scheduler=scheduler)
+
+    def restore(self, folder: str | os.PathLike[str], optimizer: Any, scheduler: Any = None) -> int:
+        """Loads optimizer, scheduler and random states that `save` stored; a bare loop's counterpart of `resume`.
+
+        Returns:
+            The optimizer steps made; the loop passes over the batches behind them and goes on.
+
+        Raises:
+            CheckpointError: the checkpoint holds none.
+        """
+        from rankwise.training.state import read_training_state
+
+        return read_training_state(self, Path(folder), optimizer, scheduler)
+
+    def export(self, folder: str | Path, *, layout: "Layout" = "uniform", **options: Any) -> "ExportReport":
+        """Writes the plain adapter, verified against the live model; see `export.write.export_adapter` for the options.
+
+        Raises:
+            VerificationError: the written adapter does not equal the trained model; the health check `export` then
+                failed.
+            ExportError: the layout cannot hold this adapter.
+        """
+        from rankwise.export.write import export_adapter
+
+        check = HealthCheck(
+            id="export", stage="after", status="passed", message="the exported adapter equals the model"
+        )
+        try:
+            report = export_adapter(self.model, folder, layout=layout, state=self.fold_state, plan=self.plan, **options)
+        except VerificationError as error:
+            advice = "keep the checkpoint and report this: the written adapter would serve something else"
+            self.health.record(replace(check, status="failed", message=str(error), advice=advice))
+            raise
+        error_found = getattr(getattr(report, "verification", None), "update_error", None)
+        self.health.record(replace(check, measured=error_found))
+        return report
+
+    def close(self) -> None:
+        """Removes every hook and signal handler that rankwise put in place; the adapter stays."""
+        self.health.gradients.remove()
+        for callback in self._callbacks:
+            callback.close()

@@ -1,0 +1,221 @@
+"""Save and resume: what a checkpoint holds beside Trainer's files, and how a session is built again from it.
+
+Beside the native adapter and Trainer's (or `Session.save`'s) optimizer, scheduler and random states lie
+`rankwise_state.safetensors` (what export folds) and the marker `rankwise.json`: plan, methods, seeds, versions, step,
+fingerprints of the base model, the guard's counters, and the list of files.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rankwise.adapters.attach import attach_lora
+from rankwise.adapters.checkpoint import load_native, save_native
+from rankwise.adapters.fingerprint import architecture_fingerprint, weights_fingerprint
+from rankwise.adapters.state import STATE_FILE, FoldState
+from rankwise.calibration.as_found import random_states_restored
+from rankwise.calibration.processes import process_index, world_size
+from rankwise.errors import CheckpointError
+from rankwise.methods.recipe import Recipe, method_from_id
+from rankwise.ranks.plan import RankPlan
+from rankwise.training.marker import MARKER, damage, last_complete_checkpoint, read_marker, seal, unseal
+from rankwise.training.optimizers import unwrapped
+from rankwise.training.session import AdapterSettings, CalibrationSummary, Session
+
+__all__ = ["last_complete_checkpoint", "read_training_state", "resume", "seal_checkpoint", "write_checkpoint"]
+
+_OPTIMIZER: Final = "optimizer.pt"
+_SCHEDULER: Final = "scheduler.pt"
+_LIBRARIES: Final = ("rankwise", "torch", "transformers", "peft", "accelerate", "trl")
+_FAULTS_SHOWN: Final = 5
+
+
+def resume(model: nn.Module, checkpoint: str | PathLike[str]) -> Session:
+    """The session that a checkpoint holds, rebuilt on the base model: stored plan, factors, counters; no calibration.
+
+    Afterwards give the trainer `session.model` and call `trainer.train(resume_from_checkpoint=checkpoint)`; a bare loop
+    calls `session.restore(checkpoint, optimizer, scheduler)`.
+
+    Args:
+        model: the same base model that the run was started with, without adapters.
+        checkpoint: a `checkpoint-N` folder.
+
+    Returns:
+        The session at the checkpoint's step. Another thread count than the run's is a note: the numbers then differ in
+        the last bits.
+
+    Raises:
+        CheckpointError: no marker, missing or damaged files, another base model, another number of processes.
+    """
+    folder = Path(checkpoint)
+    marker = read_marker(folder)
+    faults = damage(folder, marker)
+    if STATE_FILE not in marker["files"]:
+        faults.append(f"{folder / STATE_FILE}: the file is not part of the checkpoint")
+    if faults:
+        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise CheckpointError(
+            f"the checkpoint is damaged: {'; '.join(faults[:_FAULTS_SHOWN])}{more}. Go on from an earlier checkpoint"
+        )
+    _check_base(model, marker["base"], folder)
+    plan = RankPlan.from_json(json.dumps(marker["plan"]), source=str(folder / MARKER))
+    settings = AdapterSettings(**{**marker["adapter"], "modules_to_save": tuple(marker["adapter"]["modules_to_save"])})
+    recipe = Recipe(tuple(method_from_id(entry["id"], entry["settings"]) for entry in marker["methods"]))
+    with random_states_restored():
+        peft_model = attach_lora(model, plan, **settings.arguments())
+        load_native(peft_model, folder, settings.adapter_name)
+    FoldState.load(folder / STATE_FILE)
+    calibration = marker["calibration"]
+    session = Session(
+        peft_model,
+        plan,
+        recipe,
+        marker["seed"],
+        settings=settings,
+        calibration=None if calibration is None else CalibrationSummary(**calibration),
+        step=marker["step"],
+        notes=_environment_notes(marker),
+    )
+    session.health.load_state_dict(marker["health"])
+    return session
+
+
+def write_checkpoint(session: Session, folder: Path, *, optimizer: Any = None, scheduler: Any = None) -> None:
+    """A whole native checkpoint without Trainer: adapter, training state, our state, the marker last."""
+    if process_index() == 0:
+        unseal(folder)
+        save_native(session.model, folder, session.settings.adapter_name)
+        if optimizer is not None:
+            torch.save(unwrapped(optimizer).state_dict(), folder / _OPTIMIZER)
+        if scheduler is not None:
+            torch.save(scheduler.state_dict(), folder / _SCHEDULER)
+    _wait_for_all()
+    torch.save(_random_states(), folder / _random_file())
+    seal_checkpoint(session, folder)
+
+
+def seal_checkpoint(session: Session, folder: Path) -> None:
+    """Adds our state to a checkpoint that is otherwise written, and marks it complete once every process is done."""
+    _wait_for_all()
+    content = _content(session)
+    if process_index() == 0:
+        unseal(folder)
+        session.fold_state.save(folder / STATE_FILE)
+        seal(folder, content)
+    _wait_for_all()
+
+
+def read_training_state(session: Session, folder: Path, optimizer: Any, scheduler: Any = None) -> int:
+    """Loads what `write_checkpoint` stored for a bare loop; returns the steps made."""
+    for name, wanted in ((_OPTIMIZER, optimizer), (_SCHEDULER, scheduler), (_random_file(), True)):
+        if wanted is not None and not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} is missing: the checkpoint was saved without it; save with "
+                "session.save(folder, optimizer=optimizer, scheduler=scheduler)"
+            )
+    device = next(iter(session.layers.values())).lora_A.device
+    unwrapped(optimizer).load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
+    if scheduler is not None:
+        scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+    _set_random_states(torch.load(folder / _random_file(), weights_only=True))
+    return session.step
+
+
+def _content(session: Session) -> dict[str, Any]:
+    return {
+        "step": session.step,
+        "plan": json.loads(session.plan.to_json()),
+        "methods": [{"id": method.id, "settings": asdict(method)} for method in session.recipe.methods],
+        "adapter": asdict(session.settings),
+        "seed": session.seed,
+        "base": {"architecture": architecture_fingerprint(session.model), "weights": session.base_weights},
+        "calibration": None if session.calibration is None else asdict(session.calibration),
+        "health": session.health.state_dict(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "versions": _versions(),
+    }
+
+
+def _check_base(model: nn.Module, wanted: Mapping[str, str], folder: Path) -> None:
+    architecture = architecture_fingerprint(model)
+    if architecture != wanted["architecture"]:
+        raise CheckpointError(
+            f"{folder} was trained on a base model of the architecture {wanted['architecture']}; this one "
+            f"({type(model).__name__}) has {architecture}: load the model that the run was started with"
+        )
+    weights = weights_fingerprint(model)
+    if weights != wanted["weights"]:
+        raise CheckpointError(
+            f"{folder} was trained on a base model with other weights (fingerprint {wanted['weights'][:16]}..., here "
+            f"{weights[:16]}...): load the same model, in the same dtype and quantization"
+        )
+
+
+def _environment_notes(marker: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if marker["threads"] != torch.get_num_threads():
+        notes.append(
+            f"the run used {marker['threads']} threads, this process uses {torch.get_num_threads()}: it goes on, but "
+            f"not bit for bit as it would have; set OMP_NUM_THREADS={marker['threads']} for that"
+        )
+    if marker["processes"] != world_size():
+        notes.append(
+            f"the run used {marker['processes']} processes, this one {world_size()}: batches are shared differently"
+        )
+    changed = {n: v for n, v in _versions().items() if marker["versions"].get(n) not in (None, v)}
+    if changed:
+        told = ", ".join(f"{name} {marker['versions'][name]} -> {new}" for name, new in changed.items())
+        notes.append(f"other library versions than the run's: {told}")
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _random_file() -> str:
+    return "rng_state.pth" if world_size() == 1 else f"rng_state_{process_index()}.pth"
+
+
+def _random_states() -> dict[str, Any]:
+    """Tensors and plain values only, so that they load with `weights_only`."""
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.random.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.random.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.random.set_rng_state(states["cuda"])
+
+
+def _wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
