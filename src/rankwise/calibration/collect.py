@@ -34,8 +34,8 @@ from rankwise.errors import CalibrationError, ConfigError, DataError, TargetErro
 
 __all__ = ["OnBatch", "collect"]
 
-OnBatch = Callable[[int, int | None, float], None]
-"""Told (batches done, batches in all or None if unknown, the batch's loss); `low` counts every reading of a batch."""
+OnBatch = Callable[[int, int | None], None]
+"""Told (batches done, batches in all or None if unknown); `low` counts every reading of a batch."""
 
 MAX_SKIPPED_SHARE = 0.1
 
@@ -196,10 +196,10 @@ class _Collection:
     ) -> Totals:
         length = self.runner.store.total
 
-        def after_batch(batch: int, loss: float) -> None:
+        def after_batch(batch: int) -> None:
             if self.on_batch is not None:
                 done = batch + 1 + (number * length if length is not None else 0)
-                self.on_batch(done, None if length is None else passes * length, loss)
+                self.on_batch(done, None if length is None else passes * length)
 
         totals = run_pass(self.runner, group, sums, skip=skip, after_batch=after_batch, enough=enough)
         self._refuse_if_many(totals, None)

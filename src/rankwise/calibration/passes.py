@@ -139,7 +139,7 @@ def run_pass(
     sums: Sequence[LayerSums],
     *,
     skip: frozenset[int],
-    after_batch: Callable[[int, float], None],
+    after_batch: Callable[[int], None],
     enough: Callable[[Totals], bool],
 ) -> Totals:
     """Adds this process's batches to the sums.
@@ -149,7 +149,7 @@ def run_pass(
         indices: the layers of this pass.
         sums: their sums, in the same order.
         skip: global numbers of batches already known to have a non-finite gradient.
-        after_batch: told each batch's global number and loss.
+        after_batch: told the global number of each batch that was used.
         enough: asked after each used batch whether to stop.
 
     Returns:
@@ -181,7 +181,7 @@ def _add_batch(
     receiver: _Summing,
     totals: Totals,
     skip: frozenset[int],
-    after_batch: Callable[[int, float], None],
+    after_batch: Callable[[int], None],
 ) -> bool:
     """Forward and backward of one batch; whether it was used."""
     totals.seen += 1
@@ -203,7 +203,7 @@ def _add_batch(
     totals.loss += value * receiver.weight
     for index in receiver.reached:
         totals.reached[index] += 1
-    after_batch(number, value)
+    after_batch(number)
     return True
 
 
