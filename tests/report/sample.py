@@ -100,38 +100,18 @@ def manifest(plan: RankPlan, status: str = "finished") -> dict[str, object]:
             "folder": "runs/demo",
             "layout": "uniform",
             "dtype": "float32",
-            "update_error": 1.2e-7,
-            "logit_error": 3.4e-7,
-            "verdicts": [
-                {
-                    "consumer": "peft",
-                    "version": "0.21",
-                    "status": "ok",
-                    "error": 0.0,
-                    "reason": "reads the file as it is",
-                },
-                {
-                    "consumer": "vllm",
-                    "version": ">= 0.32",
-                    "status": "ok",
-                    "error": 0.0,
-                    "reason": "max_lora_rank of 32 or more",
-                },
-                {
-                    "consumer": "llama.cpp",
-                    "version": None,
-                    "status": "wrong",
-                    "error": 0.75,
-                    "reason": "ignores use_rslora",
-                },
-                {
-                    "consumer": "sglang",
-                    "version": "0.5.23",
-                    "status": "refuses",
-                    "error": None,
-                    "reason": "uneven ranks",
-                },
-            ],
+            "layers": len(plan.layers),
+            "vllm_max_lora_rank": 16,
+            "verification": {
+                "update_error": 1.2e-7,
+                "update_bound": 1e-5,
+                "worst_layer": plan.layers[0].name,
+                "logit_error": 3.4e-7,
+                "verdicts": verdicts(),
+            },
+            "logit_error": None,
+            "notes": [],
+            "verdicts": verdicts(),
         },
         "calibration": {
             "batches": 64,
@@ -144,6 +124,40 @@ def manifest(plan: RankPlan, status: str = "finished") -> dict[str, object]:
             "seconds": 6.8,
             "from_cache": False,
         },
+    }
+
+
+def verdicts() -> list[dict[str, object]]:
+    keys = ("consumer", "version", "status", "error", "reason", "evidence")
+    rows = (
+        ("peft", "0.21", "ok", 0.0, "", "run"),
+        ("vllm", ">= 0.32", "ok", 0.0, "", "run"),
+        ("llama.cpp", "2026-10", "wrong", 0.75, "encoder.layer.0.output.dense: multiplier 4, right is 8", "run"),
+        ("sglang", "0.5.23", "refuses", None, "ranks differ between layers", "run"),
+        ("ollama", "2026-10", "wrong", "inf", "encoder.layer.0.output.dense: multiplier 4, right is 0", "read"),
+    )
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def audit(alike: bool = False) -> dict[str, object]:
+    """What `Audit.to_dict()` returns."""
+    return {
+        "folder": "runs/demo/checkpoint-250",
+        "base_model": "all-MiniLM-L6-v2",
+        "layers": 36,
+        "ranks": [2, 5.9, 15],
+        "r": 8,
+        "lora_alpha": 16.0,
+        "use_rslora": True,
+        "parameters": 236160,
+        "dtype": "float32",
+        "verdicts": verdicts(),
+        "rule_errors": {"a": 0.0, "b": 0.65},
+        "vllm_max_lora_rank": 16,
+        "faults": [] if alike else ["base_model.model.encoder.layer.0.output.dense.lora_A.weight holds NaN or Inf"],
+        "advice": "" if alike else "One rank and a folded scaling are read alike everywhere.",
+        "command": None if alike else "rankwise export runs/demo/checkpoint-250 -o runs/demo/checkpoint-250-uniform",
+        "served_alike": alike,
     }
 
 

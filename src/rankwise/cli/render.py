@@ -3,20 +3,16 @@
 What a color says is always also said by a figure or a word.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.ranks.plan import LayerPlan, RankPlan
-from rankwise.report.grid import OUTSIDE, Panel, arrange
-from rankwise.report.summary import kind_shares, rank_sentence
-from rankwise.report.words import facts, figure, plain
+from rankwise.cli.render_plan import frameless, plan_summary, plan_view
+from rankwise.report.words import facts, figure, plain, with_verification
 
 __all__ = [
     "audit_view",
@@ -32,21 +28,6 @@ __all__ = [
 
 Values = Mapping[str, object]
 
-_FOLD_ABOVE = 48
-"""Layers that a table shows one by one."""
-
-_STEPS = (
-    ("#1d3c4b", "#ffffff"),
-    ("#1f5063", "#ffffff"),
-    ("#226678", "#ffffff"),
-    ("#297680", "#ffffff"),
-    ("#469a96", "#0d1f29"),
-    ("#6eb5a2", "#0d1f29"),
-    ("#a0d0b3", "#0d1f29"),
-    ("#d6ecd2", "#0d1f29"),
-)
-"""Background and text of the color scale, few to many ranks."""
-
 _TONES = {
     "passed": "green",
     "ok": "green",
@@ -58,212 +39,65 @@ _TONES = {
 }
 
 
-def plan_summary(plan: RankPlan) -> RenderableType:
-    """Where the ranks of a plan went, and what they cost: heat map and budget line.
-
-    Args:
-        plan: any plan, rank 0 and a single layer included.
-    """
-    return Group(Text(rank_sentence(plan, plan.ranks)), HeatMap(plan.ranks), budget_line(plan))
-
-
-def plan_view(plan: RankPlan) -> RenderableType:
-    """A whole plan: what it is for, heat map, table, budget and notes.
-
-    Args:
-        plan: any plan; above 48 layers the table has one line a kind.
-    """
-    head = Text.assemble((" + ".join(plan.methods), "bold"), f" on {plan.model.name or 'a model'}")
-    folded = len(plan.layers) > _FOLD_ABOVE
-    table: RenderableType = _kind_table(plan) if folded else RankTable(plan)
-    hint = [Text(f"{len(plan.layers)} layers by kind; --json or --output lists each.", style="dim")] if folded else []
-    notes = [Text(f"note: {note}") for note in plan.notes]
-    return Group(head, plan_summary(plan), Text(), table, *hint, *notes)
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """Ranks with kinds from top to bottom and depth from left to right; blocks are averaged where the width is short.
-
-    Args:
-        ranks: rank by full layer name.
-    """
-
-    ranks: Mapping[str, int]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The panels, one after the other."""
-        panels = arrange(self.ranks)
-        for panel in panels:
-            if len(panels) > 1 or panel.stack == OUTSIDE:
-                yield Text(panel.stack, style="bold")
-            yield from self._panel(panel, options.max_width)
-
-    def _panel(self, panel: Panel, width: int) -> Iterator[Text]:
-        label = min(max(map(len, panel.kinds)), max(8, width // 3))
-        digits = len(str(max(self.ranks.values()))) + 1
-        fitting = max(1, (width - label - 8) // digits)
-        together = math.ceil(len(panel.rows) / fitting)
-        groups = [panel.rows[start : start + together] for start in range(0, len(panel.rows), together)]
-        for kind in panel.kinds:
-            yield self._line(panel, kind, groups, label, digits)
-        if panel.rows != (None,):
-            yield _scale(groups, label, digits)
-        if together > 1:
-            yield Text(f"{'':{label}} each cell is the mean of up to {together} blocks", style="dim")
-
-    def _line(self, panel: Panel, kind: str, groups: Sequence[tuple[int | None, ...]], label: int, digits: int) -> Text:
-        line = Text(_shortened(kind, label).rjust(label) + " ", no_wrap=True)
-        lowest, highest = min(self.ranks.values()), max(self.ranks.values())
-        every: list[int] = []
-        for group in groups:
-            found = [self.ranks[panel.cells[row, kind]] for row in group if (row, kind) in panel.cells]
-            line.append(*_cell(found, lowest, highest, digits))
-            every += found
-        line.append(f"{sum(every) / len(every):7.1f}", style="dim")
-        return line
-
-
-def _scale(groups: Sequence[tuple[int | None, ...]], label: int, digits: int) -> Text:
-    """Block indices under the columns, as many as have room."""
-    line = Text("block".rjust(label) + " ", style="dim", no_wrap=True)
-    widest = max(len(str(group[0])) for group in groups)
-    every = math.ceil((widest + 1) / digits)
-    for place, group in enumerate(groups):
-        if place % every == 0:
-            room = min(every, len(groups) - place) * digits
-            line.append(str(group[0]).rjust(digits).ljust(room)[: max(room, widest)])
-    line.append("mean".rjust(7))
-    return line
-
-
-def _cell(ranks: Sequence[int], lowest: int, highest: int, digits: int) -> tuple[str, str]:
-    if not ranks:
-        return " " * digits, ""
-    mean = sum(ranks) / len(ranks)
-    text = f"{round(mean)}".rjust(digits)
-    if mean == 0:
-        return text, "dim"
-    share = 0.5 if highest == lowest else (mean - lowest) / (highest - lowest)
-    back, front = _STEPS[round(share * (len(_STEPS) - 1))]
-    return text, f"bold {front} on {back}"
-
-
-@dataclass(frozen=True)
-class RankTable:
-    """One line a layer; a narrow console drops sizes and reasons rather than the ends of names."""
-
-    plan: RankPlan
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table for the width at hand, and a reason that all layers share."""
-        reasons = {layer.reason for layer in self.plan.layers}
-        wide = options.max_width >= 110
-        table = _table("layer", *([">out x in"] if wide else []), ">rank", ">scaling", ">parameters", ">importance")
-        if wide and len(reasons) > 1:
-            table.add_column("reason", overflow="fold")
-        for layer in self.plan.layers:
-            table.add_row(*self._row(layer, wide, reason=wide and len(reasons) > 1))
-        yield table
-        if len(reasons) == 1 and (reason := reasons.pop()):
-            yield Text(f"reason of every rank: {reason}", style="dim")
-
-    def _row(self, layer: LayerPlan, wide: bool, *, reason: bool) -> list[RenderableType]:
-        cells: list[RenderableType] = [Text(layer.name, overflow="fold")]
-        if wide:
-            cells.append(f"{layer.out_features} x {layer.in_features}")
-        cells += [
-            Text(str(layer.rank), style="bold" if layer.rank else "dim"),
-            figure(self.plan.scaling(layer.name)) if layer.rank else "-",
-            f"{layer.parameters:,}",
-            _importance(layer.importance),
-        ]
-        return [*cells, Text(layer.reason)] if reason else cells
-
-
-def _importance(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else figure(value, 3)
-
-
-def _kind_table(plan: RankPlan) -> Table:
-    table = _table("kind", ">layers", ">ranks", ">mean", ">parameters", ">of budget")
-    for share in kind_shares(plan, plan.ranks):
-        ranks = str(share.lowest) if share.lowest == share.highest else f"{share.lowest}-{share.highest}"
-        part = f"{share.parameters / max(1, plan.budget):.1%}"
-        table.add_row(Text(share.kind), str(share.layers), ranks, f"{share.mean:.1f}", f"{share.parameters:,}", part)
-    return table
-
-
-def budget_line(plan: RankPlan) -> RenderableType:
-    """The budget as a bar with its figures and what scales the update."""
-    return _BudgetLine(
-        plan.parameters, plan.budget, f"r {plan.r}, scaling {plan.scaling_rule.value}, alpha {plan.lora_alpha:g}"
-    )
-
-
-@dataclass(frozen=True)
-class _BudgetLine:
-    used: int
-    allowed: int
-    setting: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        share = self.used / max(1, self.allowed)
-        length = min(24, max(8, options.max_width // 5))
-        full = math.floor(length * min(1.0, share))
-        on, off = ("#", "-") if options.ascii_only else ("█", "░")
-        figures = f" {share:.1%}  {self.used:,} of {self.allowed:,} parameters"
-        line = Text.assemble("budget ", (on * full, "cyan"), (off * (length - full), "dim"), (figures, "bold"))
-        setting = Text(f"({self.setting})", style="dim")
-        if len(line) + len(setting) + 1 <= options.max_width:
-            yield Text.assemble(line, " ", setting)
-        else:
-            yield line
-            yield setting
-
-
 def health_view(health: Values) -> RenderableType:
     """The health checks of a run: what was measured, against what, and what to do where one failed.
 
     Args:
         health: what health.json holds.
     """
-    table = _table("check", "when", "outcome", ">measured", ">limit", "meaning")
+    table = frameless("check", "when", "outcome", ">measured", ">limit", "meaning")
     for check in _dicts(health.get("checks")):
         failed = check.get("status") == "failed"
         meaning = Text(str(check.get("message", "")))
         if failed and check.get("advice"):
             meaning.append(f" {check['advice']}", style="bold")
-        figures = (plain(check.get("measured")), plain(check.get("limit")))
+        figures = (Text(plain(check.get("measured"))), Text(plain(check.get("limit"))))
         table.add_row(
-            Text(str(check.get("id", ""))), str(check.get("stage", "")), _word(check.get("status")), *figures, meaning
+            Text(str(check.get("id", ""))),
+            Text(str(check.get("stage", ""))),
+            _word(check.get("status")),
+            *figures,
+            meaning,
         )
     return Group(Text.assemble("health checks: ", _word(health.get("status"))), table)
 
 
 def verdict_table(verdicts: Sequence[Values]) -> Table:
-    """What each consumer would compute from a file."""
-    table = _table("consumer", "version", "verdict", ">error", "reason")
+    """What each consumer would compute from a file, and whether that is known by running it or from its source."""
+    table = frameless("consumer", "version", "known by", "verdict", ">off by", "reason")
     for verdict in verdicts:
+        error = verdict.get("error")
         table.add_row(
             Text(str(verdict.get("consumer", ""))),
             Text(plain(verdict.get("version"))),
+            {"run": "running", "read": "source"}.get(str(verdict.get("evidence")), ""),
             _word(verdict.get("status")),
-            "-" if verdict.get("error") is None else plain(verdict["error"]),
+            "-" if error is None else figure(error, 2) if isinstance(error, int | float) else Text(str(error)),
             Text(str(verdict.get("reason") or "")),
         )
     return table
 
 
 def audit_view(audit: Values) -> RenderableType:
-    """The audit of an adapter folder: facts, each consumer's verdict, and the command that mends it.
+    """The audit of an adapter folder: what it holds, each consumer's verdict, and the command that mends it.
 
     Args:
         audit: what `Audit.to_dict()` returns.
     """
-    return _with_verdicts(audit)
+    alike = "every consumer that was run computes the same" if audit.get("served_alike") else "not served alike"
+    keys = ("folder", "base_model", "layers", "parameters", "dtype", "lora_alpha", "use_rslora", "vllm_max_lora_rank")
+    faults = [Text(f"fault: {fault}", style="bold red") for fault in _texts(audit.get("faults"))]
+    mending: list[RenderableType] = [Text(str(audit["advice"]))] if audit.get("advice") else []
+    if audit.get("command"):
+        mending.append(Text(f"  {audit['command']}", style="bold", no_wrap=True, overflow="ignore"))
+    return Group(
+        Text(alike, style="green" if audit.get("served_alike") else "bold red"),
+        _fact_grid({key: audit[key] for key in keys if key in audit} | _rank_range(audit)),
+        Text(),
+        verdict_table(_dicts(audit.get("verdicts"))),
+        *faults,
+        *mending,
+    )
 
 
 def export_view(report: Values) -> RenderableType:
@@ -272,14 +106,32 @@ def export_view(report: Values) -> RenderableType:
     Args:
         report: what `ExportReport.to_dict()` returns.
     """
-    verification = report.get("verification")
-    flat = {key: value for key, value in report.items() if key != "verification"}
-    return _with_verdicts(flat | (dict(verification) if isinstance(verification, Mapping) else {}))
+    flat = with_verification(report)
+    keys = (
+        "folder",
+        "layout",
+        "dtype",
+        "bytes",
+        "layers",
+        "update_error",
+        "update_bound",
+        "worst_layer",
+        "logit_error",
+    )
+    shown = {key: flat[key] for key in (*keys, "vllm_max_lora_rank") if flat.get(key) is not None}
+    verdicts = _dicts(flat.get("verdicts"))
+    table: list[RenderableType] = [Text(), verdict_table(verdicts)] if verdicts else []
+    notes = [Text(f"note: {note}") for note in _texts(flat.get("notes"))]
+    return Group(_fact_grid(shown | _rank_range(flat)), *table, *notes)
 
 
-def _with_verdicts(values: Values) -> RenderableType:
-    rest = {key: value for key, value in values.items() if key != "verdicts"}
-    return Group(_fact_grid(rest), Text(), verdict_table(_dicts(values.get("verdicts"))))
+def _rank_range(values: Values) -> dict[str, object]:
+    """The smallest, mean and largest rank in words."""
+    ranks = values.get("ranks")
+    if not isinstance(ranks, list | tuple) or len(ranks) != 3:
+        return {}
+    low, mean, high = ranks
+    return {"ranks": str(low) if low == high else f"{low} to {high}, {mean:.1f} on average"}
 
 
 def result_view(folder: Path, figures: Values, report: Path | None) -> RenderableType:
@@ -290,7 +142,7 @@ def result_view(folder: Path, figures: Values, report: Path | None) -> Renderabl
         figures: the manifest's `result`.
         report: the HTML report, if it was written.
     """
-    places: dict[str, object] = {"adapter": str(folder)} | ({"report": str(report)} if report else {})
+    places = {"adapter": str(folder), "report": str(report) if report else "not written"}
     return Group(_fact_grid(dict(figures)), _fact_grid(places))
 
 
@@ -301,10 +153,12 @@ def demo_view(result: Values) -> RenderableType:
         result: what `DemoResult.to_dict()` returns.
     """
     rows = result.get("rows")
-    table = comparison_table(list(rows)) if isinstance(rows, list | tuple) and rows else None
+    between: list[RenderableType] = []
+    if isinstance(rows, list | tuple) and rows:
+        between = [Text(), comparison_table(rows), Text()]
     places = {key: result[key] for key in ("folder", "report") if result.get(key)}
     head = {key: value for key, value in result.items() if key in ("accuracy", "majority_share")}
-    return Group(_fact_grid(head), *([Text(), table, Text()] if table else []), _fact_grid(places))
+    return Group(_fact_grid(head), *between, _fact_grid(places))
 
 
 def comparison_table(rows: Sequence[object]) -> Table:
@@ -314,7 +168,7 @@ def comparison_table(rows: Sequence[object]) -> Table:
         rows: each a mapping with those keys or a sequence in that order; None where a figure does not apply.
     """
     keys = ("name", "accuracy", "parameters", "seconds")
-    table = _table("run", ">accuracy", ">parameters", ">time")
+    table = frameless("run", ">accuracy", ">parameters", ">time")
     for row in rows:
         named = (
             row
@@ -323,7 +177,7 @@ def comparison_table(rows: Sequence[object]) -> Table:
             if isinstance(row, list | tuple)
             else {}
         )
-        table.add_row(Text(str(named.get("name", ""))), *(plain(named.get(key), key) for key in keys[1:]))
+        table.add_row(Text(str(named.get("name", ""))), *(Text(plain(named.get(key), key)) for key in keys[1:]))
     return table
 
 
@@ -333,7 +187,7 @@ def methods_view(methods: Sequence[Values]) -> RenderableType:
     Args:
         methods: one mapping a method, as `describe_methods()` returns them.
     """
-    table = _table("method", "state", "changes", "title")
+    table = frameless("method", "state", "changes", "title")
     for method in methods:
         slots = method.get("slots")
         changes = ", ".join(map(str, slots)) if isinstance(slots, list | tuple) else ""
@@ -352,7 +206,7 @@ def method_view(method: Values) -> RenderableType:
     Args:
         method: what `describe_method(id)` returns.
     """
-    settings = _table("setting", "type", "default")
+    settings = frameless("setting", "type", "default")
     for setting in _dicts(method.get("settings")):
         settings.add_row(
             Text(str(setting.get("name", "")), style="bold"),
@@ -377,15 +231,6 @@ def _fact_grid(values: Values) -> Table:
     return grid
 
 
-def _table(*columns: str) -> Table:
-    """A table without frame; a leading > aligns a column of figures to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
-    return table
-
-
 def _word(value: object) -> Text:
     text = str(value or "")
     return Text(text, style=_TONES.get(text, "yellow"), no_wrap=True)
@@ -395,5 +240,5 @@ def _dicts(value: object) -> list[Values]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else "~" + text[len(text) - length + 1 :]
+def _texts(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []

@@ -1,13 +1,12 @@
 """What the report says about a run, as plain values for the page's template; no markup but the charts'."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from rankwise.ranks.plan import RankPlan
 from rankwise.report.files import Manifest, Run
 from rankwise.report.pictures import curves, importance_section, rank_section, time_section
-from rankwise.report.words import duration, facts, figure, plain
+from rankwise.report.words import duration, facts, figure, plain, with_verification
 
 __all__ = ["Card", "page"]
 
@@ -96,7 +95,7 @@ def _cards(run: Run) -> list[Card]:
     seconds = sum(value for value in run.manifest.timings.values() if value)
     if seconds:
         cards.append(Card("time", duration(seconds), f"{len(run.manifest.timings)} phases"))
-    error = _flat_export(run.manifest).get("update_error")
+    error = with_verification(run.manifest.export or {}).get("update_error")
     if isinstance(error, int | float):
         cards.append(Card("export error", figure(error, 2), "largest relative, read back from the file"))
     return cards
@@ -105,18 +104,11 @@ def _cards(run: Run) -> list[Card]:
 def _export(manifest: Manifest) -> dict[str, object] | None:
     if not manifest.export:
         return None
-    rest = {key: value for key, value in _flat_export(manifest).items() if key != "verdicts"}
-    verdicts = _flat_export(manifest).get("verdicts")
+    export = with_verification(manifest.export)
+    verdicts = export.pop("verdicts", None)
     rows = [row for row in verdicts if isinstance(row, dict)] if isinstance(verdicts, list) else []
-    columns = ("consumer", "version", "status", "error", "reason")
-    return {"verdicts": [{column: row.get(column) for column in columns} for row in rows], "facts": facts(rest)}
-
-
-def _flat_export(manifest: Manifest) -> Mapping[str, object]:
-    """The export's figures with those of its verification beside them."""
-    export = dict(manifest.export or {})
-    verification = export.pop("verification", None)
-    return export | (verification if isinstance(verification, dict) else {})
+    columns = ("consumer", "version", "evidence", "status", "error", "reason")
+    return {"verdicts": [{column: row.get(column) for column in columns} for row in rows], "facts": facts(export)}
 
 
 def _setting(manifest: Manifest, plan: RankPlan | None) -> list[tuple[str, str]]:

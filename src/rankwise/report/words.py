@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-__all__ = ["duration", "facts", "figure", "plain", "shortened"]
+__all__ = ["duration", "facts", "figure", "plain", "shortened", "with_verification"]
 
 
 def figure(value: float, digits: int = 4) -> str:
@@ -72,3 +72,15 @@ def plain(value: object, key: str = "") -> str:
 
 def _is_share(key: str) -> bool:
     return "accuracy" in key or key.endswith(("share", "fraction"))
+
+
+def with_verification(export: Mapping[str, object]) -> dict[str, object]:
+    """An export's figures with those of its verification among them.
+
+    Args:
+        export: what `ExportReport.to_dict()` returns, or the manifest's `export`.
+    """
+    inner = export.get("verification")
+    outer = {key: value for key, value in export.items() if key != "verification"}
+    known = {key: value for key, value in outer.items() if value is not None}
+    return outer | (dict(inner) if isinstance(inner, Mapping) else {}) | known
