@@ -77,8 +77,10 @@ class HeatMap:
 
     def _panel(self, panel: Panel, width: int) -> Iterator[Text]:
         label = min(max(map(len, panel.kinds)), max(8, width // 3))
+        room = width - label - 8
         digits = len(str(max(self.ranks.values()))) + 1
-        fitting = max(1, (width - label - 8) // digits)
+        digits += room >= (digits + 1) * len(panel.rows)  # some air where there is room for it
+        fitting = max(1, room // digits)
         together = math.ceil(len(panel.rows) / fitting)
         groups = [panel.rows[start : start + together] for start in range(0, len(panel.rows), together)]
         for kind in panel.kinds:
@@ -108,7 +110,7 @@ def _scale(groups: Sequence[tuple[int | None, ...]], label: int, digits: int) ->
     for place in range(0, len(groups), every):
         room = min(every, len(groups) - place) * digits
         index = str(groups[place][0])
-        line.append((index if len(index) <= room else "").rjust(digits).ljust(room))
+        line.append((index if len(index) <= room else "").rjust(digits - 1).ljust(room))
     line.append("mean".rjust(7))
     return line
 
@@ -117,7 +119,7 @@ def _cell(ranks: Sequence[int], lowest: int, highest: int, digits: int) -> tuple
     if not ranks:
         return " " * digits, ""
     mean = sum(ranks) / len(ranks)
-    text = f"{round(mean)}".rjust(digits)
+    text = f"{round(mean)}".rjust(digits - 1) + " "
     if mean == 0:
         return text, "dim"
     share = 0.5 if highest == lowest else (mean - lowest) / (highest - lowest)

@@ -176,7 +176,7 @@ def _in_words(lines: Sequence[Line]) -> str:
         sentence = f"{line.label}: {figure(first)} at step {figure(first_step)}"
         if len(line.points) > 1:
             sentence += f", {figure(last)} at step {figure(last_step)}"
-        sentences.append(sentence + (f", {broken} readings not finite." if broken else "."))
+        sentences.append(sentence + (f", {broken} reading{'s' if broken > 1 else ''} not finite." if broken else "."))
     return " ".join(sentences)
 
 
