@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.lora_config import native_config
 from rankwise.adapters.refusals import refuse_adapted
-from rankwise.adapters.targets import HEAD_NAMES, is_saved
+from rankwise.adapters.targets import HEAD_NAMES, check_patterns, checked_views, is_saved
 from rankwise.errors import ConfigError, ModelError, PlanError
 from rankwise.linalg.random import generator
 from rankwise.ranks.plan import RankPlan
@@ -26,6 +26,7 @@ __all__ = [
     "AdaptedLayer",
     "adapted_layers",
     "adapter_disabled",
+    "adapter_tensors",
     "attach_lora",
     "kaiming_factor",
     "modules_saved",
@@ -106,12 +107,14 @@ def attach_lora(
     Raises:
         ModelError: the model already carries an adapter.
         PlanError: the plan is for another model, has no live rank, or names a layer that is trained in full.
+        TargetError: the plan names a layer that cannot be adapted, or modules_to_save names nothing.
         ConfigError: a setting out of range.
     """
     refuse_adapted(model)
     _check_settings(lora_dropout, task_type, adapter_name)
     modules = {name: module for name, module in model.named_modules() if name}
-    layers = _planned_layers(modules, plan)
+    check_patterns(modules, None, modules_to_save)
+    layers = _planned_layers(model, modules, plan)
     _refuse_saved(layers, [*(modules_to_save or ()), *(HEAD_NAMES if task_type in _HEAD_TASKS else ())])
     config = native_config(
         plan, layers, list(modules), lora_dropout=lora_dropout, modules_to_save=modules_to_save, task_type=task_type
@@ -158,20 +161,26 @@ def write_factors(layer: AdaptedLayer, lora_A: Float[Tensor, "rank in"], lora_B:
     Raises:
         ModelError: a shape that is not the layer's, or a value that is not finite (also after rounding).
     """
-    for label, target, value in (("lora_A", layer.lora_A, lora_A), ("lora_B", layer.lora_B, lora_B)):
-        if value.shape != target.shape:
-            raise ModelError(
-                f"{layer.name}: {label} has shape {tuple(value.shape)}, the adapter holds {tuple(target.shape)}"
-            )
-        rounded = value.detach().to(target.dtype)
-        if not bool(torch.isfinite(rounded).all()):
-            bad = int((~torch.isfinite(rounded)).sum())
-            raise ModelError(
-                f"{layer.name}: {bad} of {rounded.numel()} values for {label} are NaN or infinite in {target.dtype}: "
-                "check the base weights and the calibration batches for NaN"
-            )
-        with torch.no_grad():
-            target.copy_(rounded)
+    rounded = [
+        (target, _fitted(layer.name, label, target, value))
+        for label, target, value in (("lora_A", layer.lora_A, lora_A), ("lora_B", layer.lora_B, lora_B))
+    ]
+    with torch.no_grad():
+        for target, value in rounded:
+            target.copy_(value)
+
+
+def _fitted(name: str, label: str, target: Tensor, value: Tensor) -> Tensor:
+    if value.shape != target.shape:
+        raise ModelError(f"{name}: {label} has shape {tuple(value.shape)}, the adapter holds {tuple(target.shape)}")
+    rounded = value.detach().to(target.dtype)
+    finite = torch.isfinite(rounded)
+    if not bool(finite.all()):
+        raise ModelError(
+            f"{name}: {int((~finite).sum())} of {finite.numel()} values for {label} are NaN or infinite in "
+            f"{target.dtype}: check the base weights and the calibration batches for NaN"
+        )
+    return rounded
 
 
 @contextmanager
@@ -192,13 +201,18 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 def modules_saved(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The tensors of `modules_to_save`, by name relative to the base model; detached, not copied."""
-    peft_model = peft_model_of(model, adapter_name)
-    tensors = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {
-        name.removeprefix("base_model.model."): tensor.detach()
-        for name, tensor in tensors.items()
-        if not re.search(r"\.lora_[AB]\.", name)
-    }
+    tensors = adapter_tensors(peft_model_of(model, adapter_name), adapter_name)
+    saved = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.lora_[AB]\.", name)}
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+
+
+def adapter_tensors(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """What a PEFT file of this adapter holds, by the file's names: detached, not copied."""
+    # The explicit state dict keeps PEFT from warning of empty tensors, which save_native refuses.
+    tensors = get_peft_model_state_dict(
+        model, state_dict=model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def peft_model_of(model: nn.Module, adapter_name: str | None = None) -> PeftModel:
@@ -231,16 +245,16 @@ def _check_settings(lora_dropout: float, task_type: str | None, adapter_name: st
         raise ConfigError(faults)
 
 
-def _planned_layers(modules: dict[str, nn.Module], plan: RankPlan) -> list[LinearLayer]:
+def _planned_layers(model: nn.Module, modules: dict[str, nn.Module], plan: RankPlan) -> tuple[LinearLayer, ...]:
     """The layers of rank >= 1, in the model's order, checked against the model."""
     planned = plan.ranks
-    views = [view_linear(name, module) for name, module in modules.items() if name in planned]
-    layers = [view for view in views if view is not None]
-    plan.validate_for([layer.shape for layer in layers])
-    live = [layer for layer in layers if planned[layer.name] > 0]
+    views = [view for name, module in modules.items() if (view := view_linear(name, module)) is not None]
+    known = [view.shape for view in views if view.name in planned]
+    plan.validate_for(known or [view.shape for view in views])
+    live = {name: module for name, module in modules.items() if planned.get(name)}
     if not live:
         raise PlanError(f"all {len(planned)} layers of the plan have rank 0: give at least one layer a rank >= 1")
-    return live
+    return checked_views(model, live)
 
 
 def _refuse_saved(layers: Sequence[LinearLayer], saved: Sequence[str]) -> None:

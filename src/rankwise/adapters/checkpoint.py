@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankwise.adapters.attach import peft_model_of
+from rankwise.adapters.attach import adapter_tensors, peft_model_of
 from rankwise.errors import ArtifactError, ExportError
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_native", "read_adapter_config", "read_safetensors", "save_native"]
@@ -35,7 +35,7 @@ def save_native(model: PeftModel, folder: str | os.PathLike[str], adapter_name: 
         ExportError: a tensor is empty, as ZeRO-3 leaves them in one process.
     """
     peft_model = peft_model_of(model, adapter_name)
-    tensors = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = adapter_tensors(peft_model, adapter_name)
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty:
         raise ExportError(
@@ -73,7 +73,7 @@ def load_native(model: PeftModel, folder: str | os.PathLike[str], adapter_name: 
     source = Path(folder)
     stored_config = read_adapter_config(source)
     tensors = read_safetensors(source / WEIGHTS_FILE)
-    live = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+    live = adapter_tensors(peft_model, adapter_name)
     faults = _config_faults(stored_config, _config_dict(peft_model, adapter_name)) + _tensor_faults(tensors, live)
     if faults:
         more = f"; and {len(faults) - _SHOWN} more differences" if len(faults) > _SHOWN else ""

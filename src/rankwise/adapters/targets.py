@@ -14,7 +14,16 @@ from rankwise.adapters.refusals import listed, refusal, refuse_adapted, shared_n
 from rankwise.errors import TargetError
 from rankwise.ranks.shapes import LayerShape
 
-__all__ = ["HEAD_NAMES", "Patterns", "Targets", "is_saved", "match_pattern", "resolve_targets"]
+__all__ = [
+    "HEAD_NAMES",
+    "Patterns",
+    "Targets",
+    "check_patterns",
+    "checked_views",
+    "is_saved",
+    "match_pattern",
+    "resolve_targets",
+]
 
 Patterns = str | Sequence[str]
 """A regular expression that must match the full name, or a list of full names or dotted endings of names."""
@@ -68,13 +77,13 @@ def resolve_targets(
     """
     refuse_adapted(model)
     modules = {name: module for name, module in model.named_modules() if name}
-    notes = _check_patterns(modules, exclude_modules, modules_to_save)
+    notes = check_patterns(modules, exclude_modules, modules_to_save)
     passed_over = _passed_over(model, modules, exclude_modules, modules_to_save)
     if isinstance(target_modules, str) and target_modules.lower() == _ALL_LINEAR:
         chosen, more = _all_linear(model, modules, passed_over)
     else:
         chosen, more = _matched(model, modules, _or_default(model, target_modules), passed_over)
-    layers = _views(model, chosen)
+    layers = checked_views(model, chosen)
     return Targets(layers, (*notes, *more))
 
 
@@ -103,10 +112,14 @@ def _or_default(model: nn.Module, target_modules: Patterns | None) -> Patterns:
     return default
 
 
-def _check_patterns(
+def check_patterns(
     modules: Mapping[str, nn.Module], exclude_modules: Patterns | None, modules_to_save: Sequence[str] | None
 ) -> list[str]:
-    """Notes on entries of `exclude_modules` and `modules_to_save` that match nothing; an error if none of them does."""
+    """Notes on entries of `exclude_modules` and `modules_to_save` that match nothing.
+
+    Raises:
+        TargetError: a key of which no entry matches, or that is malformed.
+    """
     faults: list[str] = []
     notes: list[str] = []
     if exclude_modules:
@@ -246,11 +259,11 @@ def _miss(
     return f"{shown!r} matches no module{_nearest(shown, modules)}"
 
 
-def _views(model: nn.Module, chosen: Mapping[str, nn.Module]) -> tuple[LinearLayer, ...]:
+def checked_views(model: nn.Module, chosen: Mapping[str, nn.Module]) -> tuple[LinearLayer, ...]:
     """The views of the chosen modules, in order.
 
     Raises:
-        TargetError: any of them cannot be adapted; the reasons are grouped.
+        TargetError: any of them cannot be adapted; names grouped by reason.
     """
     reasons: dict[str, list[str]] = defaultdict(list)
     layers = []
