@@ -80,8 +80,7 @@ class SessionCallback(TrainerCallback):
         if args.output_dir and self.session.health.folder is None:
             self.session.health.folder = Path(args.output_dir)
         self.session.begin(kwargs["optimizer"], state.max_steps)
-        self.stop.stepping = True
-        self.stop.install()
+        self.stop.begin_steps()
         self._send("begin", state)
 
     def on_step_begin(
@@ -142,22 +141,26 @@ class SessionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The guard's last word; an interrupted run ends with TrainingInterrupted instead."""
-        self.stop.stepping = False
-        self.stop.restore()
+        self.stop.end_steps()
         if self.stop.requested and state.global_step < state.max_steps:
-            if self.session.health.folder is not None and process_index() == 0:
-                self.session.health.save(self.session.health.folder / "health.json")
+            self._save_health()
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             raise TrainingInterrupted(
                 f"stopped by a signal after step {state.global_step} of {state.max_steps}; {folder.name} is complete: "
                 "start the same command again to go on from it"
             )
         self.session.end(state.global_step)
+        self._save_health()
         self._send("end", state)
 
     def close(self) -> None:
-        """Puts the signal handlers back."""
-        self.stop.restore()
+        """Puts the signal handlers back that training installed and an exception left behind."""
+        self.stop.end_steps()
+
+    def _save_health(self) -> None:
+        health = self.session.health
+        if health.folder is not None and process_index() == 0:
+            health.save(health.folder / "health.json")
 
     def _check_wiring(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         faults = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
+from rankwise.calibration.processes import process_index
 from rankwise.errors import ConfigError, HealthError
 from rankwise.linalg.factors import product_norm
 from rankwise.training.gradients import GradientFilter
@@ -61,10 +62,10 @@ class Guard:
     Args:
         layers: the adapted layers by name.
         model: the attached model.
-        schedules: how many schedules the session runs.
+        calibrated: calibration batches in which every layer was seen to have a gradient; 0 if there were none.
     """
 
-    def __init__(self, layers: Mapping[str, AdaptedLayer], model: nn.Module) -> None:
+    def __init__(self, layers: Mapping[str, AdaptedLayer], model: nn.Module, *, calibrated: int = 0) -> None:
         self._layers = layers
         self._model = model
         self._checks: dict[str, HealthCheck] = {}
@@ -89,6 +90,9 @@ class Guard:
         )
         for check in _PENDING:
             self.record(check)
+        if calibrated:
+            message = f"the loss reached every layer in {calibrated} calibration batches"
+            self.record(_passed("reached", "before", calibrated, 1, message))
 
     @property
     def checks(self) -> tuple[HealthCheck, ...]:
@@ -116,7 +120,7 @@ class Guard:
         """
         self.record(check)
         if check.status == "failed":
-            if self.folder is not None:
+            if self.folder is not None and process_index() == 0:
                 self.save(self.folder / "health.json")
             raise HealthError(f"health check {check.id!r} failed: {check.message}. {check.advice}")
 
@@ -192,6 +196,7 @@ class Guard:
         if self.gradients.steps:
             self._check_gradients(step)
             self._check_movement(step)
+        self._check_reached()
         for check in list(self._checks.values()):
             if check.stage != "after" and check.status == "pending":
                 self.record(replace(check, status="not exercised", message="the run never came to it"))
@@ -276,6 +281,18 @@ class Guard:
             )
         )
 
+    def _check_reached(self) -> None:
+        """Without calibration it takes the whole run to know; layers of seldom used experts are no fault."""
+        if self._checks["reached"].status != "pending" or not self.gradients.steps:
+            return
+        exercised = self.gradients.exercised()
+        idle = [name for name in self._layers if not exercised[name]]
+        message = f"the loss reached {len(self._layers) - len(idle)} of {len(self._layers)} layers in training"
+        found = _passed("reached", "before", len(self._layers) - len(idle), len(self._layers), message)
+        if idle:
+            found = replace(found, status="not exercised", message=f"{message}; not {_some(idle)}")
+        self.record(found)
+
     def _check_updates(self) -> None:
         exercised = self.gradients.exercised()
         due = [name for name in self._layers if exercised[name]]
@@ -307,6 +324,7 @@ class Guard:
 
 
 _PENDING: Final = (
+    HealthCheck(id="reached", stage="before", status="pending"),
     HealthCheck(id="loss", stage="during", status="pending", limit="finite"),
     HealthCheck(id="gradients", stage="during", status="pending"),
     HealthCheck(id="movement", stage="during", status="pending"),

@@ -106,9 +106,12 @@ class Session:
         self.step = step
         self.notes = tuple(notes)
         self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
-        self.health = Guard(self.layers, model)
+        self.health = Guard(self.layers, model, calibrated=calibration.batches if calibration else 0)
         self._planned_steps: int | None = None
+        self._steps_seen = 0
+        self._steps_before = 0
         self._base_weights: str | None = None
+        self._random_states: Mapping[str, Any] | None = None
         self._callbacks: list[SessionCallback] = []
 
     @property
@@ -162,11 +165,17 @@ class Session:
         inner = unwrapped(optimizer)
         self.health.gradients.protecting = getattr(optimizer, "scaler", None) is None
         self.health.begin(inner, max_steps, self._planned_steps)
+        self._steps_seen, self._steps_before = 0, self.health.gradients.steps
         for schedule in self.schedules:
             schedule.begin(inner, max_steps)
 
     def before_step(self, step: int) -> None:
         """Before the forward pass of step `step`, counted from 1."""
+        if self._random_states is not None:
+            from rankwise.training.state import set_random_states
+
+            set_random_states(self._random_states)
+            self._random_states = None
         for schedule in self.schedules:
             schedule.before_step(step)
 
@@ -180,6 +189,7 @@ class Session:
         for schedule in self.schedules:
             schedule.after_step(step)
         self.step = step
+        self._steps_seen += 1
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """At a logging step: the guard looks at `loss` and `grad_norm` and at its counters.
@@ -195,9 +205,27 @@ class Session:
         Raises:
             HealthError: it was not.
         """
+        if self.schedules:
+            self._check_schedules()
         for schedule in self.schedules:
             schedule.end(step)
         self.health.end(step)
+
+    def _check_schedules(self) -> None:
+        """A schedule that nobody called has silently left the ranks where they were."""
+        made = self.health.gradients.steps - self._steps_before
+        fired = self._steps_seen == made
+        self.health.settle(
+            HealthCheck(
+                id="schedule",
+                stage="during",
+                status="passed" if fired else "failed",
+                measured=self._steps_seen,
+                limit=made,
+                message=f"the schedules were called around {self._steps_seen} of {made} optimizer steps",
+                advice="" if fired else "pass session.callback() to the trainer, or call before_step and after_step",
+            )
+        )
 
     def save(
         self,
@@ -224,17 +252,21 @@ class Session:
         write_checkpoint(self, Path(folder), optimizer=optimizer, scheduler=scheduler)
 
     def restore(self, folder: str | os.PathLike[str], optimizer: Any, scheduler: Any = None) -> int:
-        """Loads optimizer, scheduler and random states that `save` stored; a bare loop's counterpart of `resume`.
+        """Loads what `save` stored beside the adapter: the second half of resuming a bare loop.
+
+        Optimizer and scheduler are loaded now, the random states at the next `before_step`: the loop passes over the
+        batches behind it first. Give the DataLoader a generator of its own, so that starting it moves no global state.
 
         Returns:
-            The optimizer steps made; the loop passes over the batches behind them and goes on.
+            The optimizer steps made.
 
         Raises:
             CheckpointError: the checkpoint holds none.
         """
         from rankwise.training.state import read_training_state
 
-        return read_training_state(self, Path(folder), optimizer, scheduler)
+        self._random_states = read_training_state(self, Path(folder), optimizer, scheduler)
+        return self.step
 
     def export(self, folder: str | Path, *, layout: "Layout" = "uniform", **options: Any) -> "ExportReport":
         """Writes the plain adapter, verified against the live model; see `export.write.export_adapter` for the options.

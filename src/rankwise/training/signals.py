@@ -18,10 +18,10 @@ _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request to stop, and lets the second one abort at once.
 
-    A context manager. While no step is under way (`stepping` is False) the first signal raises TrainingInterrupted on
-    the spot: there is nothing to save. While training it only sets `requested`; the callback saves a checkpoint at the
-    end of the step and stops. The handlers found before are put back on leaving. Outside the main thread, where Python
-    allows no handlers, it does nothing.
+    A context manager. Outside training the first signal raises TrainingInterrupted on the spot: there is nothing to
+    save. Between `begin_steps` and `end_steps` it only sets `requested`; the callback saves a checkpoint at the end of
+    the step and stops. The handlers found before are put back on leaving. Outside the main thread, where Python allows
+    no handlers, it does nothing.
 
     Example:
         >>> with StopRequest() as stop:
@@ -32,6 +32,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested: bool = False
         self.stepping: bool = False
+        self.stepped: bool = False
+        self._own = False
         self._found: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> Self:
@@ -42,6 +44,20 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+    def begin_steps(self) -> None:
+        """From here on a signal waits for the end of the step; installs the handlers if the caller has not."""
+        self.stepping = self.stepped = True
+        if not self.installed:
+            self.install()
+            self._own = True
+
+    def end_steps(self) -> None:
+        """From here on a signal acts at once; the handlers that `begin_steps` installed are put back."""
+        self.stepping = False
+        if self._own:
+            self.restore()
+            self._own = False
 
     @property
     def installed(self) -> bool:
@@ -71,4 +87,7 @@ class StopRequest:
         self.requested = True
         if not self.stepping:
             self.restore()
-            raise TrainingInterrupted(f"stopped by {name} before the first step: nothing was saved")
+            when = (
+                "after training: its checkpoints stay" if self.stepped else "before the first step: nothing was saved"
+            )
+            raise TrainingInterrupted(f"stopped by {name} {when}")

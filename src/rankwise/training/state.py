@@ -32,7 +32,14 @@ from rankwise.training.marker import MARKER, damage, last_complete_checkpoint, r
 from rankwise.training.optimizers import unwrapped
 from rankwise.training.session import AdapterSettings, CalibrationSummary, Session
 
-__all__ = ["last_complete_checkpoint", "read_training_state", "resume", "seal_checkpoint", "write_checkpoint"]
+__all__ = [
+    "last_complete_checkpoint",
+    "read_training_state",
+    "resume",
+    "seal_checkpoint",
+    "set_random_states",
+    "write_checkpoint",
+]
 
 _OPTIMIZER: Final = "optimizer.pt"
 _SCHEDULER: Final = "scheduler.pt"
@@ -107,16 +114,15 @@ def write_checkpoint(session: Session, folder: Path, *, optimizer: Any = None, s
 def seal_checkpoint(session: Session, folder: Path) -> None:
     """Adds our state to a checkpoint that is otherwise written, and marks it complete once every process is done."""
     _wait_for_all()
-    content = _content(session)
     if process_index() == 0:
         unseal(folder)
         session.fold_state.save(folder / STATE_FILE)
-        seal(folder, content)
+        seal(folder, _content(session))
     _wait_for_all()
 
 
-def read_training_state(session: Session, folder: Path, optimizer: Any, scheduler: Any = None) -> int:
-    """Loads what `write_checkpoint` stored for a bare loop; returns the steps made."""
+def read_training_state(session: Session, folder: Path, optimizer: Any, scheduler: Any = None) -> Mapping[str, Any]:
+    """Loads optimizer and scheduler that `write_checkpoint` stored for a bare loop; returns the random states."""
     for name, wanted in ((_OPTIMIZER, optimizer), (_SCHEDULER, scheduler), (_random_file(), True)):
         if wanted is not None and not (folder / name).is_file():
             raise CheckpointError(
@@ -127,8 +133,8 @@ def read_training_state(session: Session, folder: Path, optimizer: Any, schedule
     unwrapped(optimizer).load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
     if scheduler is not None:
         scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
-    _set_random_states(torch.load(folder / _random_file(), weights_only=True))
-    return session.step
+    states: Mapping[str, Any] = torch.load(folder / _random_file(), weights_only=True)
+    return states
 
 
 def _content(session: Session) -> dict[str, Any]:
@@ -207,7 +213,8 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: Mapping[str, Any]) -> None:
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Puts Python's, numpy's and torch's random states back."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,0 +1,223 @@
+"""Training jobs on a tiny Llama that tests run in this process or in a fresh one, and kill."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rankwise.methods.gora import GoRA
+from rankwise.methods.rora import RoRA
+from rankwise.training.attach import attach
+from rankwise.training.session import Session
+from rankwise.training.state import last_complete_checkpoint, resume
+from tests.support.models import causal_batch, tiny_llama
+
+ROWS = 22
+"""Not a multiple of batch 2 times accumulation 2: the last step of an epoch is a short one."""
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Token rows with a rule to learn: each token is followed by the next larger one."""
+
+    def __init__(self, rows: int = ROWS, length: int = 10) -> None:
+        starts = torch.randint(3, 40, (rows, 1), generator=torch.Generator().manual_seed(7))
+        self.tokens = starts + torch.arange(length)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = self.tokens[index]
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, wherever it runs."""
+
+    folder: str
+    loop: str = "trainer"
+    method: str = "rora"
+    steps: int = 9
+    save_steps: int = 2
+    keep: int | None = 1
+    dropout: float = 0.1
+    learning_rate: float = 5e-3
+    stop_after: int | None = None
+    """End the process's part of the run after so many steps (the schedule still spans them all)."""
+
+
+def new_session(job: Job) -> Session:
+    if job.method == "gora":
+        batches = [causal_batch(seed) for seed in range(3)]
+        return attach(tiny_llama(), GoRA(), r=4, lora_dropout=job.dropout, calibration=batches)
+    return attach(tiny_llama(), RoRA(), r=4, lora_dropout=job.dropout, target_modules=["q_proj", "v_proj", "up_proj"])
+
+
+def factors(session: Session) -> dict[str, Tensor]:
+    found = {}
+    for name, layer in session.layers.items():
+        found[f"{name}.A"], found[f"{name}.B"] = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    return found
+
+
+def run(job: Job, before: Callable[[], None] | None = None) -> None:
+    """Starts the run or goes on with it, and leaves `final.safetensors` in its folder."""
+    if before is not None:
+        before()
+    torch.set_num_threads(1)
+    checkpoint = last_complete_checkpoint(job.folder)
+    session = new_session(job) if checkpoint is None else resume(tiny_llama(), checkpoint)
+    LOOPS[job.loop](job, session, checkpoint)
+    save_file(factors(session), Path(job.folder) / "final.safetensors")
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "final.safetensors")
+
+
+def trainer_arguments(job: Job) -> dict[str, Any]:
+    return {
+        "output_dir": job.folder,
+        "learning_rate": job.learning_rate,
+        "weight_decay": 0.01,
+        "max_steps": job.steps,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "logging_steps": 3,
+        "save_steps": job.save_steps,
+        "save_total_limit": job.keep,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+
+
+def _trainer(job: Job, session: Session, checkpoint: Path | None) -> None:
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    args = TrainingArguments(**trainer_arguments(job))
+    trainer = Trainer(
+        session.model,
+        args,
+        train_dataset=Rows(),
+        optimizers=session.optimizers(args, job.steps),
+        callbacks=[session.callback(), *_stopper(job)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _sft(job: Job, session: Session, checkpoint: Path | None) -> None:
+    from datasets import Dataset as Table
+    from transformers import PrinterCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    args = SFTConfig(
+        **trainer_arguments(job),
+        bf16=False,
+        activation_checkpointing=False,
+        max_length=16,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    table = Table.from_dict({"input_ids": Rows().tokens.tolist()})
+    trainer = SFTTrainer(
+        session.model,
+        args,
+        train_dataset=table,
+        processing_class=tokenizer(),
+        optimizers=session.optimizers(args, job.steps),
+        callbacks=[session.callback(), *_stopper(job)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _accelerate(job: Job, session: Session, checkpoint: Path | None) -> None:
+    """A bare loop, as the documentation shows it."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from torch.utils.data import DataLoader
+    from transformers import TrainingArguments
+
+    set_seed(3)
+    args = TrainingArguments(**trainer_arguments(job))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader: DataLoader[Any] = DataLoader(Rows(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
+    optimizer, scheduler = session.optimizers(args, job.steps)
+    model, optimizer, loader, scheduler = accelerator.prepare(session.model, optimizer, loader, scheduler)
+    model.train()
+    done = 0 if checkpoint is None else session.restore(checkpoint, optimizer, scheduler)
+    session.begin(optimizer, job.steps)
+    seen, step = 0, 0
+    while step < (job.stop_after or job.steps):
+        for batch in loader:
+            seen += 1
+            if step < done:  # passed over: these batches were trained on before the checkpoint
+                step += seen % len(loader) % 2 == 0 or seen % len(loader) == 0
+                continue
+            session.before_step(step + 1)
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if not accelerator.sync_gradients:
+                    continue
+                norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                session.before_optimizer_step(step + 1)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            step += 1
+            session.after_step(step)
+            if step % 3 == 0:
+                session.logged(step, {"loss": float(loss.detach()), "grad_norm": float(norm)})
+            if step % job.save_steps == 0:
+                session.save(Path(job.folder) / f"checkpoint-{step}", optimizer=optimizer, scheduler=scheduler)
+            if step >= (job.stop_after or job.steps):
+                break
+    session.end(step)
+
+
+LOOPS: dict[str, Callable[[Job, Session, Path | None], None]] = {
+    "trainer": _trainer,
+    "sft": _sft,
+    "accelerate": _accelerate,
+}
+
+
+def _stopper(job: Job) -> list[Any]:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= state.global_step == job.stop_after
+
+    return [] if job.stop_after is None else [Stop()]
+
+
+def tokenizer() -> Any:
+    """Words `0` to `63`, built on the spot."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(number): number for number in range(64)}
+    core = Tokenizer(models.WordLevel(words, unk_token="0"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0", bos_token="1", eos_token="2")
+
+
+def kill_now() -> None:
+    """No cleanup, no goodbye."""
+    os.kill(os.getpid(), signal.SIGKILL)
