@@ -184,7 +184,7 @@ def test_a_peak_far_above_the_mean_is_a_warning():
     ranks = {f"l.{i}.q": 1 for i in range(9)} | {"l.9.q": 9}
     notes = build(folded_adapter(ranks, dict.fromkeys(ranks, 1.0)), "uniform").notes
     assert any("5.0 times the mean rank 1.80" in note for note in notes)
-    even = {name: 2 for name in ranks}
+    even = dict.fromkeys(ranks, 2)
     assert not any("times the mean" in note for note in build(folded_adapter(even, dict.fromkeys(even, 1.0))).notes)
 
 
