@@ -28,18 +28,22 @@ def kaiming_uniform(rows: int, in_features: int, source: torch.Generator) -> Flo
     Source: He et al., arXiv 1502.01852, equation 14 with the gain sqrt(2 / (1 + 5)); PEFT's `reset_lora_parameters`.
     """
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(rows, in_features).uniform_(-bound, bound, generator=source)
+    drawn = torch.empty(rows, in_features)
+    for row in drawn:  # row by row, so that fewer rows are the first of more
+        row.uniform_(-bound, bound, generator=source)
+    return drawn
 
 
 def draw_factor(kind: Initialization, rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
-    """The random factor on the input side, float32 on the CPU.
+    """The random factor on the input side, float32 on the CPU; fewer rows are the first of more.
+
+    Orthogonal rows are so up to rounding only: draw as many as calibration did and take the first.
 
     Source: hhnqqq/MyTransformers 4037d4d; the paper's A0 [m, r] is its transpose.
     """
-    if kind == "default_normal":
-        return torch.randn(rows, in_features, generator=source) / math.sqrt(in_features)
-    if kind == "normal":
-        return torch.randn(rows, in_features, generator=source) * 0.02
+    if kind in ("default_normal", "normal"):
+        deviation = 0.02 if kind == "normal" else 1.0 / math.sqrt(in_features)
+        return torch.stack([torch.randn(in_features, generator=source) * deviation for _ in range(rows)])
     if kind == "orthogonal":
         Q, R = torch.linalg.qr(torch.randn(in_features, rows, generator=source, dtype=torch.float64))
         rows_of_q: Tensor = (Q * R.diagonal().sign()).mT

@@ -195,7 +195,9 @@ class GoRA(Method):
         stop = StopRule(self.min_batches, self.convergence_threshold, self.convergence_floor)
         return StatisticsRequest(
             gradient=from_svd,
-            projection=None if from_svd else lambda shape: self._drawn(shape, budget, seed, dtype_cast),
+            projection=None
+            if from_svd
+            else (lambda shape: self._drawn(shape, self._drawn_rows(shape, budget), seed, dtype_cast)),
             score=lambda weight, gradient: importance_of(
                 self.importance, weight, gradient, self._estimate_rank(budget), generator(seed, "importance")
             ),
@@ -315,10 +317,12 @@ class GoRA(Method):
     def _estimate_rank(self, budget: Budget) -> int:
         return 4 * budget.r if self.r_max is None else self.r_max
 
-    def _drawn(self, shape: LayerShape, budget: Budget, seed: int, dtype_cast: DtypeCast) -> Float[Tensor, "k in"]:
-        """A with as many rows as the layer can get: the first r of them serve rank r."""
+    def _drawn_rows(self, shape: LayerShape, budget: Budget) -> int:
+        """As many rows of A as the layer can get: the first r of them serve rank r."""
         cap = self._cap(budget)
-        rows = shape.max_rank if cap is None else min(cap, shape.max_rank)
+        return shape.max_rank if cap is None else min(cap, shape.max_rank)
+
+    def _drawn(self, shape: LayerShape, rows: int, seed: int, dtype_cast: DtypeCast) -> Float[Tensor, "rows in"]:
         source = generator(seed, "lora_A", shape.name)
         return dtype_cast(draw_factor(self.initialization, rows, shape.in_features, source))
 
@@ -331,12 +335,14 @@ class GoRA(Method):
         if matrix is not None and matrix.any():
             source = generator(start.seed, "lora_A", shape.name)
             return start.dtype_cast(singular_rows(matrix, start.rank, source))
-        drawn = self._drawn(shape, start.budget, start.seed, start.dtype_cast)
-        if start.rank > drawn.shape[0]:
+        rows = self._drawn_rows(shape, start.budget)
+        if start.rank > rows:
             raise ConfigError(
                 f"layer {shape.name}: rank {start.rank} in the plan is above what gora calibrates for "
-                f"({drawn.shape[0]}, the smaller of r_max and the layer's size); set gora.r_max to {start.rank}"
+                f"({rows}, the smaller of r_max and the layer's size); set gora.r_max to {start.rank}"
             )
+        whole = self.initialization == "orthogonal"
+        drawn = self._drawn(shape, rows if whole else start.rank, start.seed, start.dtype_cast)
         return drawn[: start.rank].contiguous()
 
     def _shares(
