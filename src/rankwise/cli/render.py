@@ -3,10 +3,12 @@
 What a color says is always also said by a figure or a word.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -89,7 +91,7 @@ def audit_view(audit: Values) -> RenderableType:
     faults = [Text(f"fault: {fault}", style="bold red") for fault in _texts(audit.get("faults"))]
     mending: list[RenderableType] = [Text(str(audit["advice"]))] if audit.get("advice") else []
     if audit.get("command"):
-        mending.append(Text(f"  {audit['command']}", style="bold", no_wrap=True, overflow="ignore"))
+        mending.append(Command(str(audit["command"])))
     return Group(
         Text(alike, style="green" if audit.get("served_alike") else "bold red"),
         _fact_grid({key: audit[key] for key in keys if key in audit} | _rank_range(audit)),
@@ -98,6 +100,31 @@ def audit_view(audit: Values) -> RenderableType:
         *faults,
         *mending,
     )
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line to copy: on one line, or on several joined by backslashes where the width is short.
+
+    Args:
+        text: the command, its words quoted for a shell.
+    """
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The command, breaking before options only."""
+        if len(self.text) + 2 <= options.max_width:
+            yield Text(f"  {self.text}", style="bold")
+            return
+        pieces: list[list[str]] = [[]]
+        for word in shlex.split(self.text):
+            if word.startswith("-"):
+                pieces.append([])
+            pieces[-1].append(word)
+        for place, piece in enumerate(pieces):
+            line = ("    " if place else "  ") + shlex.join(piece) + (" \\" if place < len(pieces) - 1 else "")
+            yield Text(line, style="bold", overflow="fold")
 
 
 def export_view(report: Values) -> RenderableType:

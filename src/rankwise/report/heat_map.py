@@ -63,7 +63,7 @@ class _Drawing:
 
     @property
     def left(self) -> float:
-        return min(_LABEL_LENGTH, max(len(kind) for kind in self.panel.kinds)) * _LETTER + 14.0
+        return max(len("block"), min(_LABEL_LENGTH, max(map(len, self.panel.kinds)))) * _LETTER + 14.0
 
     @property
     def cell(self) -> float:
