@@ -23,12 +23,12 @@ class DataConfig(BaseModel):
         dataset_text_field: the column that holds the text.
         label_field: the column that holds the label (classification).
         packing: whether several rows share one block (causal-lm; needs an attention that keeps them apart).
-        packing_strategy: TRL's `bfd`, `bfd_split` or `wrapped`.
+        packing_strategy: TRL's `bfd` (overflow is cut) or `bfd_split`; both keep documents apart.
         eval_packing: the same for the validation rows; by default as `packing`.
         completion_only_loss: whether only the completion is learned; by default yes where there is one.
         assistant_only_loss: whether only the assistant's messages are learned.
         eos_token: the end-of-text token, by default the tokenizer's.
-        chat_template_path: a Jinja file, or a tokenizer whose chat template is used.
+        chat_template_path: a Jinja file with the chat template, by default the tokenizer's own.
         pad_to_multiple_of: pads each batch to a multiple of this many tokens.
         dataset_num_proc: processes that prepare the data.
     """
@@ -43,7 +43,7 @@ class DataConfig(BaseModel):
     dataset_text_field: _Text = "text"
     label_field: _Text = "label"
     packing: bool = False
-    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    packing_strategy: Literal["bfd", "bfd_split"] = "bfd"
     eval_packing: bool | None = None
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False

@@ -171,8 +171,8 @@ def _damage(files: list[Path], kind: str, part: Part, error: Exception) -> DataE
 
 def _first_bad_line(path: Path) -> str:
     """`line: fault` of the first line that is no JSON object, or nothing."""
-    openers: Mapping[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, Path.open)(path, "rb") as lines:
+    opener: Callable[..., IO[bytes]] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, Path.open)  # type: ignore
+    with opener(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             fault = _line_fault(line.rstrip())
             if fault:

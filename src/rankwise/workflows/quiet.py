@@ -1,0 +1,35 @@
+"""Keeps the libraries underneath from printing and drawing what rankwise reports itself; everything is put back."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+from rankwise.workflows.data_files import quiet_datasets
+
+__all__ = ["quiet_libraries"]
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars, printed dictionaries or remarks of transformers, TRL, accelerate and datasets."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    levels = {name: logging.getLogger(name).level for name in ("trl", "accelerate")}
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with quiet_datasets(), warnings.catch_warnings():
+            # PEFT 0.21 with transformers 5.23: raised by PEFT itself at every attach.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

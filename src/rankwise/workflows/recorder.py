@@ -1,0 +1,109 @@
+"""What training tells: drawn by the listener, kept in metrics.jsonl."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.workflows.events import Listener, Metrics, PhaseDone, PhaseProgress, PhaseStarted
+from rankwise.workflows.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from rankwise.training.callback import TrainingEvent
+
+__all__ = ["Recorder"]
+
+METRICS = "metrics.jsonl"
+_KEPT = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
+
+
+class Recorder:
+    """Turns training events into the workflow's events and lines of metrics.jsonl.
+
+    Args:
+        folder: the run's output folder.
+        listener: told of everything.
+        step: the step that a continued run starts from; later lines of the file are cut off.
+    """
+
+    def __init__(self, folder: Path, listener: Listener, *, step: int = 0) -> None:
+        self._path = folder / METRICS
+        self._listener = listener
+        self._detail = ""
+        self._begun = time.monotonic()
+        self._spent = 0.0
+        self.figures: dict[str, float] = {}
+        """The last value of each figure that training or evaluation gave."""
+        self.evaluated_at: int | None = None
+        """The step of the last evaluation on the validation rows."""
+        self._keep_until(step)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, that of earlier parts of the run included."""
+        return self._spent + time.monotonic() - self._begun
+
+    def __call__(self, event: "TrainingEvent") -> None:
+        """Receives one training event."""
+        if event.kind == "begin":
+            self._begun = time.monotonic()
+            self._listener(
+                PhaseStarted(phase="training", title="Training", total=event.max_steps, unit="step", done=event.step)
+            )
+        elif event.kind == "step":
+            self._listener(PhaseProgress(phase="training", done=event.step, total=event.max_steps, detail=self._detail))
+        elif event.kind == "log":
+            self._logged(event)
+        elif event.kind == "end":
+            self._listener(PhaseDone(phase="training", seconds=self.seconds, detail=self._detail))
+
+    def _logged(self, event: "TrainingEvent") -> None:
+        values = {key: float(value) for key, value in event.values.items() if isinstance(value, int | float)}
+        if "train_runtime" in values:  # the summary at the end
+            self.figures["train_loss"] = values["train_loss"]
+            return
+        kept = {key: value for key, value in values.items() if key in _KEPT or _is_evaluation(key)}
+        if not kept:
+            return
+        self.figures |= kept
+        if "eval_loss" in kept:
+            self.evaluated_at = event.step
+        if "loss" in kept:
+            self._detail = f"loss {kept['loss']:.4g}"
+        line: dict[str, Any] = {"step": event.step, "epoch": round(event.epoch, 6), **kept}
+        line["seconds"] = round(self.seconds, 3)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_finite(line)) + "\n")
+        self._listener(Metrics(values=line))
+
+    def _keep_until(self, step: int) -> None:
+        """Cuts off what a killed run wrote after the checkpoint that goes on."""
+        lines = []
+        text = self._path.read_text(encoding="utf-8") if step and self._path.is_file() else ""
+        for line in text.splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:  # the last line of a killed run
+                continue
+            if values["step"] <= step:
+                lines.append(line)
+                self._spent = float(values.get("seconds", 0.0))
+                self.figures |= {key: value for key, value in values.items() if key in _KEPT or _is_evaluation(key)}
+                if "eval_loss" in values:
+                    self.evaluated_at = int(values["step"])
+        write_atomically(self._path, "".join(f"{line}\n" for line in lines))
+
+
+def _is_evaluation(key: str) -> bool:
+    part, _, name = key.partition("_")
+    return part in ("eval", "test") and not name.endswith(("runtime", "per_second", "model_preparation_time"))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: such figures become text, which readers turn back."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
