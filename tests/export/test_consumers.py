@@ -41,7 +41,7 @@ def _statuses(config, tensors):
 
 
 def test_native_rslora_with_ranks_1_to_16_is_off_by_the_published_errors():
-    # s_i = 16/sqrt(r_i), r = 8. At rank 1, 16 is right: (b) uses 16/sqrt(8), (c) 16/8. At rank 16, 4 is right: (d) uses 1.
+    # s_i = 16/sqrt(r_i), r = 8. Rank 1 needs 16: (b) uses 16/sqrt(8), (c) 16/8. Rank 16 needs 4: (d) uses 1.
     config, tensors = native_files(
         folded_adapter(RANKS, SQUARE_ROOT), r=8, lora_alpha=16, use_rslora=True, rank_pattern=_pattern(RANKS)
     )

@@ -94,14 +94,17 @@ def adapter_on_base(base: nn.Module, folder: Path) -> Iterator["PeftModel"]:
     from peft import PeftModel
 
     had_config = "peft_config" in vars(base)
+    children = [(parent, name, child) for parent in base.modules() for name, child in parent.named_children()]
     with left_as_found(base):
-        with _quiet():
-            model = PeftModel.from_pretrained(cast("PeftModel", base), str(folder))
         try:
+            with _quiet():
+                model = PeftModel.from_pretrained(cast("PeftModel", base), str(folder))
             yield model
         finally:
-            with _quiet():
-                model.unload()
+            # Not PEFT's own unload(): it leaves the trained copies of modules_to_save in the base.
+            for parent, name, child in children:
+                if getattr(parent, name) is not child:
+                    setattr(parent, name, child)
             if not had_config and "peft_config" in vars(base):
                 del base.peft_config
 
