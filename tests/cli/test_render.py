@@ -237,6 +237,12 @@ def test_the_demo_compares_under_one_budget() -> None:
     assert re.search(r"head only +61\.00% +– +20 s", text)
 
 
+def test_a_method_without_settings_says_so() -> None:
+    assert "It has no settings of its own." in printed(
+        render.method_view({"id": "rora", "settings": [], "presets": {}})
+    )
+
+
 def test_a_result_says_where_everything_is() -> None:
     text = printed(render.result_view(Path("runs/x"), {"eval_loss": 0.5}, None))
     assert re.search(r"adapter +runs/x", text)

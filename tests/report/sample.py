@@ -95,7 +95,13 @@ def manifest(plan: RankPlan, status: str = "finished") -> dict[str, object]:
         },
         "budget": {"parameters": plan.budget, "used": plan.parameters, "share": plan.parameters / plan.budget},
         "timings": {"load": 2.1, "calibration": 6.8, "training": 71.5, "evaluation": 5.2, "export": 1.4},
-        "result": {"test_accuracy": 0.7345, "majority_share": 0.1305, "eval_loss": 0.9312, "train_loss": 1.2208},
+        "result": {
+            "steps": 250,
+            "train_loss": 1.2208,
+            "eval_loss": 0.9312,
+            "test_accuracy": 0.7345,
+            "test_majority_share": 0.1305,
+        },
         "export": {
             "folder": "runs/demo",
             "layout": "uniform",

@@ -4,12 +4,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.report import sample
 
 from rankwise.errors import ArtifactError
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape
 from rankwise.report.report import write_report
+from tests.report import sample
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -60,7 +60,7 @@ def test_a_finished_run_shows_every_section(tmp_path: Path) -> None:
         word for text in page.texts for word in text.split()
     }
     assert sum(1 for _ in page.all("g", "cell")) == 2 * 36  # ranks and importance
-    assert {"Loss", "Evaluation accuracy", "Learning rate", "Gradient norm"} <= set(page.texts)
+    assert {"Loss", "Accuracy", "Learning rate", "Gradient norm"} <= set(page.texts)
     assert "max_steps: 250" in " ".join(page.texts)
 
 
@@ -164,12 +164,33 @@ def test_a_step_trained_again_after_a_resume_counts_once(tmp_path: Path) -> None
     assert "training loss: 9 at step 1, 7 at step 2." in report(tmp_path).texts
 
 
-def test_a_loss_that_became_nan_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["NaN", '"nan"', '"-inf"'])
+def test_a_loss_that_became_nan_is_said(tmp_path: Path, value: str) -> None:
     sample.write_run(tmp_path, status="failed")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": NaN}\n', encoding="utf-8")
+    log = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": ' + value + "}\n"
+    (tmp_path / "metrics.jsonl").write_text(log, encoding="utf-8")
     page = report(tmp_path)
     assert any("1 reading not finite" in text for text in page.texts)
     assert sum(1 for _ in page.all("path", "bad")) == 1
+
+
+def test_accuracies_come_first_with_their_majority_share_beside_them(tmp_path: Path) -> None:
+    sample.write_run(tmp_path)
+    page = report(tmp_path)
+    labels = [text for text in page.texts if text in ("steps", "train loss", "eval loss", "test accuracy")]
+    assert labels[:4] == ["test accuracy", "eval loss", "train loss", "steps"]
+    assert page.texts[page.texts.index("test accuracy") + 1 :][:2] == ["73.45%", "majority class 13.05%"]
+
+
+def test_a_language_model_shows_its_token_accuracy(tmp_path: Path) -> None:
+    sample.write_run(tmp_path)
+    lines = [
+        {"step": step, "loss": 2.0, "mean_token_accuracy": 0.5, "eval_mean_token_accuracy": 0.4} for step in (1, 2)
+    ]
+    sample.write_lines(tmp_path / "metrics.jsonl", lines)
+    page = report(tmp_path)
+    assert "Token accuracy" in page.texts
+    assert "Accuracy" not in page.texts
 
 
 def test_rank_changes_are_listed_and_decide_the_final_ranks(tmp_path: Path) -> None:

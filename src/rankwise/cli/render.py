@@ -235,18 +235,16 @@ def method_view(method: Values) -> RenderableType:
     """
     settings = frameless("setting", "type", "default")
     for setting in _dicts(method.get("settings")):
-        settings.add_row(
-            Text(str(setting.get("name", "")), style="bold"),
-            Text(str(setting.get("type", ""))),
-            Text(plain(setting.get("default"))),
-        )
+        name, kind = Text(str(setting.get("name", "")), style="bold"), Text(str(setting.get("type", "")))
+        settings.add_row(name, kind, Text(plain(setting.get("default"))))
+    table = settings if settings.row_count else Text("It has no settings of its own.")
     rest: Values = {key: value for key, value in method.items() if key not in ("settings", "presets")}
     presets = method.get("presets")
     lines: list[RenderableType] = []
     for name, values in presets.items() if isinstance(presets, Mapping) else ():
         lines.append(Text(f"preset {name}", style="bold"))
         lines.append(Padding(_fact_grid(values if isinstance(values, Mapping) else {}), (0, 0, 0, 2)))
-    return Group(_fact_grid(rest), Text(), settings, *lines)
+    return Group(_fact_grid(rest), Text(), table, *lines)
 
 
 def _fact_grid(values: Values) -> Table:

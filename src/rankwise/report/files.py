@@ -32,6 +32,7 @@ class Manifest(_Record):
     config_hash: str | None = None
     versions: dict[str, JsonValue] = Field(default_factory=dict)
     threads: int | None = None
+    device: str | None = None
     seed: int | None = None
     data: _Json = Field(default_factory=dict)
     budget: _Json | None = None
@@ -43,13 +44,15 @@ class Manifest(_Record):
 
 
 class Metric(_Record):
-    """One line of metrics.jsonl; other figures of the line are kept as they are."""
+    """One line of metrics.jsonl; a figure that is not finite is the text "nan" or "inf"."""
 
     step: int
     epoch: float | None = None
     loss: float | None = None
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    mean_token_accuracy: float | None = None
+    eval_mean_token_accuracy: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     seconds: float | None = None

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from markupsafe import Markup
 
@@ -26,6 +27,29 @@ __all__ = [
 
 _BARS = 12
 """Layers in the importance bar chart."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """A key of metrics.jsonl as a line of a chart."""
+
+    name: str
+    label: str
+    kind: Literal["line", "marks"] = "line"
+    color: int = 0
+
+
+_CURVES: Mapping[str, tuple[_Curve, ...]] = {
+    "Loss": (_Curve("loss", "training loss"), _Curve("eval_loss", "evaluation loss", "marks", 1)),
+    "Accuracy": (_Curve("eval_accuracy", "evaluation accuracy", "marks", 1),),
+    "Token accuracy": (
+        _Curve("mean_token_accuracy", "training"),
+        _Curve("eval_mean_token_accuracy", "evaluation", "marks", 1),
+    ),
+    "Learning rate": (_Curve("learning_rate", "learning rate", "line", 2),),
+    "Gradient norm": (_Curve("grad_norm", "gradient norm", "line", 3),),
+}
+"""The charts of a run, in order; one without readings is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,32 +175,20 @@ def curves(metrics: Iterable[Metric]) -> list[Picture]:
     """One chart a question; a step that was trained again after a resume counts with its last reading."""
     readings: dict[str, dict[float, float]] = defaultdict(dict)
     for metric in metrics:
-        for name in ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm"):
+        for name in {line.name for lines in _CURVES.values() for line in lines}:
             value = getattr(metric, name)
             if value is not None:
                 readings[name][float(metric.step)] = value
-    charts = (
-        (
-            "Loss",
-            (
-                Line("training loss", _points(readings, "loss")),
-                Line("evaluation loss", _points(readings, "eval_loss"), "marks", 1),
-            ),
-        ),
-        ("Evaluation accuracy", (Line("accuracy", _points(readings, "eval_accuracy"), "marks", 1),)),
-        ("Learning rate", (Line("learning rate", _points(readings, "learning_rate"), color=2),)),
-        ("Gradient norm", (Line("gradient norm", _points(readings, "grad_norm"), color=3),)),
-    )
     pictures: list[Picture] = []
-    for title, lines in charts:
-        shown = [line for line in lines if line.points]
-        if shown:
-            pictures.append(Picture(title, line_chart(f"curve-{len(pictures)}", title, shown)))
+    for title, curve in _CURVES.items():
+        lines = [
+            Line(each.label, sorted(readings[each.name].items()), each.kind, each.color)
+            for each in curve
+            if each.name in readings
+        ]
+        if lines:
+            pictures.append(Picture(title, line_chart(f"curve-{len(pictures)}", title, lines)))
     return pictures
-
-
-def _points(readings: Mapping[str, Mapping[float, float]], name: str) -> list[tuple[float, float]]:
-    return sorted(readings.get(name, {}).items())
 
 
 def time_section(timings: Mapping[str, float | None]) -> dict[str, object] | None:

@@ -10,6 +10,7 @@ from rankwise.report.words import duration, facts, figure, plain, with_verificat
 
 __all__ = ["Card", "page"]
 
+_RESULT_CARDS = 4
 _STATUS = {
     "finished": ("✓", "good", "The run finished."),
     "running": ("…", "open", "The run is going on, or was killed before it could say otherwise."),
@@ -75,14 +76,12 @@ def _methods(run: Run) -> list[str]:
 def _cards(run: Run) -> list[Card]:
     """The figures of the result, then budget, time and the proof of the export."""
     result = run.manifest.result or {}
-    numbers = {
-        key: value for key, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    majority = numbers.pop("majority_share", None)
+    telling = sorted((key for key, value in result.items() if _is_figure(key, value)), key=_telling)
     cards = []
-    for key, value in list(numbers.items())[:4]:
-        note = f"majority class {majority:.2%}" if majority is not None and "accuracy" in key else ""
-        cards.append(Card(key.replace("_", " "), plain(value, key), note))
+    for key in telling[:_RESULT_CARDS]:
+        majority = result.get(key.replace("accuracy", "majority_share"), result.get("majority_share"))
+        note = f"majority class {plain(majority, 'share')}" if "accuracy" in key and majority is not None else ""
+        cards.append(Card(key.replace("_", " "), plain(result[key], key), note))
     if run.plan:
         spent, allowed = run.parameters, run.plan.budget
         cards.append(
@@ -99,6 +98,15 @@ def _cards(run: Run) -> list[Card]:
     if isinstance(error, int | float):
         cards.append(Card("export error", figure(error, 2), "largest relative, read back from the file"))
     return cards
+
+
+def _is_figure(key: str, value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith("majority_share")
+
+
+def _telling(key: str) -> tuple[bool, bool, bool]:
+    """Accuracies before losses, those before counts; test before validation before training."""
+    return ("accuracy" not in key, "loss" not in key, not key.startswith(("test", "eval")))
 
 
 def _export(manifest: Manifest) -> dict[str, object] | None:
@@ -119,4 +127,5 @@ def _setting(manifest: Manifest, plan: RankPlan | None) -> list[tuple[str, str]]
     if plan:
         lines += [("plan hash", plan.hash()), ("model fingerprint", plan.model.fingerprint or "–")]
         lines += [("scaling rule", str(plan.scaling_rule.value)), ("lora_alpha", figure(plan.lora_alpha))]
+    lines += [("device", manifest.device)] if manifest.device else []
     return lines + [(name, str(version)) for name, version in manifest.versions.items()]
