@@ -70,15 +70,12 @@ class Allocation:
         importance: one a layer, in the allocator's own unit; None if nothing was measured.
         reasons: one a layer, a few words.
         notes: remarks on the whole.
-        budget: parameters that the plan may have when a published rule was asked for that does not keep the run's
-            budget; None: the run's budget holds.
     """
 
     ranks: tuple[int, ...]
     importance: tuple[float, ...] | None
     reasons: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,6 @@ class GoRA(Method):
             importance=tuple(shares),
             reasons=reasons,
             notes=(_summary(ranks, layers, spent, budget, r_min, r_max), *notes),
-            budget=None if self.rank_mode == "exact" else max(spent, budget.parameters),
         )
 
     def scaling_rule(self) -> ScalingRule:
