@@ -50,6 +50,7 @@ class Job:
     keep: int | None = 1
     dropout: float = 0.1
     learning_rate: float = 5e-3
+    scheduler: str = "cosine"
     stop_after: int | None = None
     """End the process's part of the run after so many steps (the schedule still spans them all)."""
 
@@ -91,7 +92,7 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
         "max_steps": job.steps,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": job.scheduler,
         "warmup_steps": 2,
         "logging_steps": 3,
         "save_steps": job.save_steps,

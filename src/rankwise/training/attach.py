@@ -16,8 +16,9 @@ from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.targets import resolve_targets
 from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.batches import Loss
+from rankwise.calibration.cache import load_statistics, save_statistics, statistics_fingerprint
 from rankwise.calibration.collect import OnBatch, collect
-from rankwise.calibration.processes import assert_equal_everywhere
+from rankwise.calibration.processes import assert_equal_everywhere, broadcast_object, process_index
 from rankwise.calibration.statistics import CollectorKind, GradientStatistics, MemoryMode, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError, PlanError, RecipeError
 from rankwise.methods.base import Budget, Factors, Method, Start
@@ -281,6 +282,11 @@ def _prepare_planned(
     modules = dict(model.named_modules())
     views = [view_linear(name, modules[name]) for name in given.ranks if name in modules]
     found = [view for view in views if view is not None]
+    if not found:
+        raise PlanError(
+            f"the plan was made for another model ({given.model.name or 'unnamed'}): none of its {len(given.layers)} "
+            f"layers (first: {given.layers[0].name!r}) is a linear layer of this {type(model).__name__}"
+        )
     given.validate_for([view.shape for view in found])
     if given.model.fingerprint and given.model.fingerprint != identity.fingerprint:
         raise PlanError(
@@ -329,22 +335,30 @@ def _calibration(given: Calibration | Iterable[Any] | None) -> Calibration | Non
 
 
 def _collect(job: _Job, calibration: Calibration, request: StatisticsRequest, loss: Loss | None) -> GradientStatistics:
-    return collect(
-        job.model,
-        job.layers,
-        calibration.batches,
-        request,
-        memory=calibration.memory,
-        collector=calibration.collector,
-        max_batches=calibration.max_batches,
-        token_weighted=calibration.token_weighted,
-        train_mode=calibration.train_mode,
-        sample_share=calibration.sample_share,
-        seed=job.seed,
-        autocast_dtype=calibration.autocast_dtype,
-        loss=loss,
-        on_batch=calibration.on_batch,
+    """Statistics from the cache, if it answers exactly this question, else from a pass over the batches."""
+    c = calibration
+    shared: dict[str, Any] = {
+        "memory": c.memory,
+        "max_batches": c.max_batches,
+        "token_weighted": c.token_weighted,
+        "train_mode": c.train_mode,
+        "sample_share": c.sample_share,
+        "seed": job.seed,
+        "autocast_dtype": c.autocast_dtype,
+        "loss": loss,
+    }
+    batches = list(c.batches)
+    if c.cache is None:
+        return collect(job.model, job.layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
+    fingerprint = statistics_fingerprint(
+        job.model, job.layers, batches, request, data_identity=c.data_identity, **shared
     )
+    # Process 0's file decides for all: on several machines the others may not see it, and half of them would wait.
+    found = broadcast_object(load_statistics(c.cache, fingerprint) if process_index() == 0 else None)
+    if found is None:
+        found = collect(job.model, job.layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
+        save_statistics(c.cache, found, fingerprint)
+    return found
 
 
 def _write_start(

@@ -67,6 +67,7 @@ class SessionCallback(TrainerCallback):
         self.stop = stop or StopRequest()
         self._listeners: tuple[Listener, ...] = (on_event,) if callable(on_event) else tuple(on_event)
         self._keep: int | None = None
+        self._surplus = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,16 +88,30 @@ class SessionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the forward pass."""
-        self.session.before_step(state.global_step + 1)
+        # A run killed between its last checkpoint and its end comes back with nothing left to do, yet Trainer
+        # (transformers 5.23) makes one more step before it looks: that step is made without effect and not counted.
+        self._surplus = state.global_step >= state.max_steps
+        if self._surplus:
+            self.session.health.gradients.remove()
+        else:
+            self.session.before_step(state.global_step + 1)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After clipping."""
-        self.session.before_optimizer_step(state.global_step + 1)
+        if not self._surplus:
+            self.session.before_optimizer_step(state.global_step + 1)
+            return
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Schedules, then a requested stop: save now, train no further."""
+        if self._surplus:
+            state.global_step -= 1
+            control.should_save = control.should_evaluate = control.should_log = False
+            return
         self.session.after_step(state.global_step)
         if self._stop_agreed(state.global_step):
             control.should_save = True

@@ -1,0 +1,126 @@
+"""N steps equal k steps, a save, a fresh process and N - k steps, bit for bit; what does not fit is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankwise.adapters.state import STATE_FILE
+from rankwise.errors import CheckpointError
+from rankwise.training.marker import MARKER, last_complete_checkpoint
+from rankwise.training.state import resume
+from tests.support.models import tiny_gpt2, tiny_llama
+from tests.training.children import finish, start
+from tests.training.jobs import Job, factors, final, new_session, run
+
+
+@pytest.mark.parametrize("method", ["rora", "gora"])
+@pytest.mark.parametrize("loop", ["trainer", "sft", "accelerate"])
+def test_a_run_split_over_two_processes_ends_bit_equal(tmp_path: Path, loop: str, method: str):
+    whole, split = (
+        Job(folder=str(tmp_path / name), loop=loop, method=method, steps=8, save_steps=3) for name in ("whole", "split")
+    )
+    for job in (whole, split):
+        Path(job.folder).mkdir()
+    assert finish(start(whole)) == 0
+    assert finish(start(replace(split, stop_after=4))) == 0
+    checkpoint = last_complete_checkpoint(split.folder)
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-3"
+    assert finish(start(split)) == 0
+    ours, wanted = final(tmp_path / "split"), final(tmp_path / "whole")
+    assert ours.keys() == wanted.keys()
+    assert [name for name in ours if not torch.equal(ours[name], wanted[name])] == []
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run(Job(folder=str(folder), method="gora", steps=4, save_steps=4))
+    return folder / "checkpoint-4"
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    target = tmp_path / checkpoint.name
+    target.mkdir()
+    for path in checkpoint.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_resume_rebuilds_plan_recipe_factors_and_counters(checkpoint: Path):
+    session = resume(tiny_llama(), checkpoint)
+    job = Job(folder=str(checkpoint.parent), method="gora", steps=4)
+    started = new_session(job)
+    assert session.plan == started.plan
+    assert session.recipe == started.recipe
+    assert session.calibration == replace(started.calibration, seconds=session.calibration.seconds)
+    assert session.step == 4
+    assert session.health.gradients.steps == 4
+    stored = final(checkpoint.parent)
+    assert all(torch.equal(value, stored[name]) for name, value in factors(session).items())
+    assert session.notes == ()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", STATE_FILE, "trainer_state.json"])
+def test_a_missing_file_is_refused_by_name(copied: Path, name: str):
+    (copied / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: the file is missing"):
+        resume(tiny_llama(), copied)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_flipped_bit_or_a_truncated_file_is_refused(copied: Path, name: str):
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="the content is not what was written"):
+        resume(tiny_llama(), copied)
+    path.write_bytes(bytes(content[:-10]))
+    with pytest.raises(CheckpointError, match=r"bytes, \d+ were written"):
+        resume(tiny_llama(), copied)
+
+
+def test_no_marker_no_resume(copied: Path):
+    (copied / MARKER).unlink()
+    with pytest.raises(CheckpointError, match="never finished"):
+        resume(tiny_llama(), copied)
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        resume(tiny_llama(), copied / "nowhere")
+    (copied / MARKER).write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        resume(tiny_llama(), copied)
+
+
+def test_another_base_model_is_refused(checkpoint: Path):
+    with pytest.raises(CheckpointError, match="another|architecture"):
+        resume(tiny_gpt2(), checkpoint)
+    with pytest.raises(CheckpointError, match="other weights"):
+        resume(tiny_llama(seed=1), checkpoint)
+
+
+def test_another_thread_count_and_other_versions_are_told(copied: Path):
+    marker = json.loads((copied / MARKER).read_text())
+    marker["threads"] += 1
+    marker["versions"]["torch"] = "1.0"
+    (copied / MARKER).write_text(json.dumps(marker))
+    notes = resume(tiny_llama(), copied).notes
+    assert "threads" in notes[0]
+    assert "torch 1.0 ->" in notes[1]
+
+
+def test_a_trainer_that_starts_elsewhere_than_the_session_is_refused(checkpoint: Path, tmp_path: Path):
+    from tests.training.jobs import LOOPS
+
+    session = resume(tiny_llama(), checkpoint)
+    with pytest.raises(CheckpointError, match="the session is at step 4 and Trainer starts from step 0"):
+        LOOPS["trainer"](Job(folder=str(tmp_path), steps=8), session, None)
+
+
+def test_the_stored_marker_holds_no_path_of_this_machine(checkpoint: Path):
+    assert str(Path.home()) not in (checkpoint / MARKER).read_text()
+    assert str(checkpoint.parent) not in (checkpoint / MARKER).read_text()
