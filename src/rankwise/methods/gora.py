@@ -190,9 +190,9 @@ class GoRA(Method):
         """Importance of every layer and G A^T for as many rows of A as a layer can get; G itself for an SVD start."""
         self.bounds(budget)
         from_svd = self.initialization in ("weight_svd", "grad_svd")
+        settling = (self.min_batches, self.convergence_threshold, self.convergence_floor)
         settings = (self.importance, self.initialization, self._estimate_rank(budget), self._cap(budget), seed)
         probe = dtype_cast(torch.tensor([1.0 / 3.0])).item()  # tells one storage dtype from another
-        stop = StopRule(self.min_batches, self.convergence_threshold, self.convergence_floor)
         return StatisticsRequest(
             gradient=from_svd,
             projection=None
@@ -202,8 +202,8 @@ class GoRA(Method):
                 self.importance, weight, gradient, self._estimate_rank(budget), generator(seed, "importance")
             ),
             score_is_row_mean=self.importance in ROW_MEANS,
-            stop=stop if self.adaptive_batches else None,
-            identity=f"gora {settings} {probe!r}",
+            stop=StopRule(*settling) if self.adaptive_batches else None,
+            identity=f"gora {settings} {settling if self.adaptive_batches else None} {probe!r}",
         )
 
     def allocate(

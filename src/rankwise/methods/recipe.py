@@ -166,7 +166,7 @@ def _colliding(recipe: Recipe) -> dict[Slot, list[str]]:
 def _refused_options(situation: Situation) -> list[str]:
     asked = {key: value for key, value in situation.lora_options.items() if value not in (None, False, (), [], {})}
     told = [f"{key}: {_LORA_OPTIONS[key]}" for key in asked if key in _LORA_OPTIONS]
-    start = asked.get("init_lora_weights", True)
+    start = situation.lora_options.get("init_lora_weights", True)
     if start is not True:
         told.append(f"init_lora_weights: {start!r}: the method owns the start of the factors; use true")
     return told
@@ -236,7 +236,8 @@ def method_class(method_id: str) -> type[Method]:
         raise RecipeError(
             f"method: {method_id} ({RESERVED[method_id]}) is not yet in this version; use one of {', '.join(METHODS)}"
         )
-    near = difflib.get_close_matches(str(method_id), [*METHODS, *RESERVED], n=1)
+    plain = str(method_id).lower().replace("_", "-")
+    near = difflib.get_close_matches(plain, [*METHODS, *RESERVED], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise RecipeError(f"method: {method_id!r} is not known{hint}; use one of {', '.join(METHODS)}")
 
