@@ -129,3 +129,26 @@ def test_4_bit_layers_that_were_never_packed_are_an_error():
 def test_a_weight_on_the_meta_device_is_an_error():
     with pytest.raises(ModelError, match="q: the weight is not in memory"):
         view_linear("q", nn.Linear(2, 2, device="meta")).weight()
+
+
+def test_4_bit_layers_that_an_evaluation_reordered_are_put_back_on_a_copy(monkeypatch):
+    # bitsandbytes on CPUs with AVX512-BF16; checked against bitsandbytes 0.50.2 itself, which is not installed here.
+    module = packed_4bit()
+    state = SimpleNamespace(shape=(2, 4), packing_format_for_cpu=True)
+    module.weight.quant_state = state
+    functional = ModuleType("bitsandbytes.functional")
+
+    def invert(packed, given):
+        given.packing_format_for_cpu = False
+        return packed + 1, given
+
+    def dequantize(data, given):
+        assert not given.packing_format_for_cpu
+        return data[0, 0] * torch.ones(given.shape)
+
+    functional._convert_weight_packed_for_cpu_inverse = invert
+    functional.dequantize_4bit = dequantize
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", functional)
+    assert torch.equal(view_linear("q", module).weight(), torch.ones(2, 4))
+    assert state.packing_format_for_cpu

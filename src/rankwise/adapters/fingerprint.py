@@ -50,14 +50,17 @@ def weights_fingerprint(model: nn.Module) -> str:
     """64 hexadecimal digits over the name, type, shape and every bit of each base tensor.
 
     Equal before and after an adapter is attached and trained, on every device; packed weights are hashed as they are,
-    with their quantization state.
+    with their quantization state. (bitsandbytes itself rounds the scales of 4-bit layers when they are first evaluated
+    on a CPU with AVX512-BF16: those must be hashed before.)
 
     Raises:
         ModelError: a weight is not in memory.
     """
     digests: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], bytes] = {}
     lines = []
-    for name, tensor in base_tensors(model):
+    # All are held until the end: quantization states are built on request, and a freed one's memory is used again.
+    tensors = list(base_tensors(model))
+    for name, tensor in tensors:
         if tensor.device.type == "meta":
             raise ModelError(f"{name} is not in memory (meta device): load the model without disk or CPU offload")
         # Tied tensors are one memory: hash it once.

@@ -1,5 +1,6 @@
 """The view of one linear layer of the base model: [out, in], whatever class holds it."""
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +81,14 @@ def _dense_4bit(name: str, stored: Tensor, dtype: torch.dtype) -> Float[Tensor, 
             f"{name} is a bitsandbytes 4-bit layer and bitsandbytes cannot be imported ({error}): "
             "pip install 'rankwise[quantized]'"
         ) from error
-    dense: Tensor = dequantize_4bit(stored.data, state)
+    packed = stored.data
+    if getattr(state, "packing_format_for_cpu", False):
+        # The first evaluation on a CPU with AVX512-BF16 reorders the codes for its kernel; dequantize_4bit ignores that
+        # (measured: values wrong by the size of the weights). The inverse edits the state: give it a copy.
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        packed, state = _convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+    dense: Tensor = dequantize_4bit(packed, state)
     return dense.detach().to(dtype)
 
 
