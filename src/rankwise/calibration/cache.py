@@ -201,6 +201,8 @@ def _hash_of(value: Any) -> str:
 
 def _feed(digest: Any, value: Any) -> None:
     """Feeds tensors by dtype, shape and bits, containers by structure, all else by its text."""
+    if hasattr(value, "__array_interface__"):
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

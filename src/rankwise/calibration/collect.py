@@ -20,7 +20,7 @@ from rankwise.calibration.as_found import left_as_found
 from rankwise.calibration.batches import BatchStore, Loss, model_loss
 from rankwise.calibration.collectors import WeightUses, make_inputs_differentiable
 from rankwise.calibration.layer_sums import LayerSums
-from rankwise.calibration.memory import groups_for, resolve_memory
+from rankwise.calibration.memory import groups_for, needs_full_sums, resolve_memory
 from rankwise.calibration.passes import BatchRunner, Totals, first_non_finite, reduce_sums, run_pass
 from rankwise.calibration.processes import broadcast_object, gather_objects
 from rankwise.calibration.statistics import (
@@ -39,7 +39,13 @@ OnBatch = Callable[[int, int | None], None]
 
 MAX_SKIPPED_SHARE = 0.1
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "OptimizedModule": "_orig_mod",
+}
 
 
 def collect(
@@ -154,8 +160,9 @@ class _Collection:
 
     def _attempt(self, skip: frozenset[int]) -> GradientStatistics:
         everything = list(range(len(self.runner.layers)))
-        groups = groups_for(self.runner.layers) if self.mode == "low" else [everything]
-        limit = self._traced_limit(groups, skip) if self.mode == "low" and self.request.stop else None
+        grouped = self.mode == "low" and needs_full_sums(self.request)
+        groups = groups_for(self.runner.layers) if grouped else [everything]
+        limit = self._traced_limit(groups, skip) if grouped and self.request.stop else None
         found: dict[int, LayerStatistics] = {}
         all_zero = True
         for number, group in enumerate(groups):
@@ -354,8 +361,8 @@ def _check_model(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
     wrapper = type(model).__name__
     if wrapper in _WRAPPERS:
         raise CalibrationError(
-            f"the model is wrapped in {wrapper}, where hooks would see one process's gradients only. "
-            "Calibrate the unwrapped model (model.module) before wrapping it."
+            f"the model is wrapped in {wrapper}, where hooks do not see every gradient. "
+            f"Calibrate the model inside (model.{_WRAPPERS[wrapper]}) before wrapping it."
         )
     owners: dict[int, str] = {}
     for layer in layers:

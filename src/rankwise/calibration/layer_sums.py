@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.adapters.layers import LinearLayer
+from rankwise.calibration.memory import needs_full_sums
 from rankwise.calibration.sinks import FullSum, LeftProjection, Projection, RowSample, Sink
 from rankwise.calibration.statistics import LayerStatistics, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError
@@ -65,7 +66,7 @@ class LayerSums:
         self._left: LeftProjection | None = None
         shape, device = layer.shape, layer.device
         home = torch.device("cpu") if on_cpu else device
-        if mode == "exact" and (request.gradient or request.score is not None):
+        if mode == "exact" and needs_full_sums(request):
             self._full = FullSum(shape.out_features, shape.in_features, home)
             return  # projections of a whole gradient are one product at the end
         if request.score is not None:

@@ -11,10 +11,10 @@ from rankwise.adapters.layers import LinearLayer
 from rankwise.calibration.statistics import MemoryMode, StatisticsRequest
 from rankwise.errors import ConfigError
 
-__all__ = ["free_memory", "groups_for", "resolve_memory"]
+__all__ = ["free_memory", "groups_for", "needs_full_sums", "resolve_memory"]
 
-GROUP_SHARE = 0.16
-"""The share of all targets that one group of `low` sums at a time; with projections it stays under a quarter."""
+GROUP_SHARE = 0.25
+"""The share of all targets whose sums one group of `low` holds at a time."""
 
 
 def resolve_memory(
@@ -41,8 +41,8 @@ def resolve_memory(
         raise ConfigError(f"memory 'sampled' {refusal}. Use memory 'exact' or 'low'.")
     if memory != "auto":
         return memory, False
-    if not request.gradient and request.score is None:
-        return "exact", False  # projections alone need no full sum in any mode
+    if not needs_full_sums(request):
+        return "exact", False
     needed: dict[torch.device, int] = {}
     for layer in layers:
         needed[layer.device] = needed.get(layer.device, 0) + _bytes(layer)
@@ -51,6 +51,11 @@ def resolve_memory(
     if sum(needed.values()) <= free_memory(torch.device("cpu")) / 3:
         return "exact", True
     return ("low" if refusal else "sampled"), False
+
+
+def needs_full_sums(request: StatisticsRequest) -> bool:
+    """Whether the request needs whole gradients, or samples of them; projections alone never do."""
+    return request.gradient or request.score is not None
 
 
 def groups_for(layers: Sequence[LinearLayer]) -> list[list[int]]:

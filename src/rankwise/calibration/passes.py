@@ -15,7 +15,7 @@ from rankwise.calibration.batches import BatchStore, Loss, batch_to
 from rankwise.calibration.collectors import Receiver, WeightUses, attach_outer, attach_param
 from rankwise.calibration.layer_sums import LayerSums
 from rankwise.calibration.processes import all_reduce_sum, gather_objects, process_index, world_size
-from rankwise.errors import CalibrationError
+from rankwise.errors import CalibrationError, DataError
 
 __all__ = ["BatchRunner", "Totals", "first_non_finite", "reduce_sums", "run_pass"]
 
@@ -96,7 +96,20 @@ class BatchRunner:
         on_device = batch_to(batch, self.device)
         dtype = self.autocast_dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            return self.loss(self.model, on_device)
+            return _checked(*self.loss(self.model, on_device), number)
+
+
+def _checked(loss: Tensor, weight: float, number: int) -> tuple[Tensor, float]:
+    if loss.numel() != 1:
+        raise DataError(
+            f"the loss of calibration batch {number} has the shape {list(loss.shape)}; it must be one number, the "
+            "mean over the batch's labels."
+        )
+    if not (math.isfinite(weight) and weight >= 0):
+        raise DataError(
+            f"the weight of calibration batch {number} is {weight}; it must be a number of labels, at least 0."
+        )
+    return loss, float(weight)
 
 
 class _Summing:
@@ -194,12 +207,12 @@ def _add_batch(
             return False
         if not math.isfinite(value):
             return _skipped(totals, number)
-        receiver.weight = float(weight) if runner.token_weighted else 1.0
+        receiver.weight = weight if runner.token_weighted else 1.0
         receiver.reached.clear()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
     totals.batches += 1
-    totals.weight += float(weight)
+    totals.weight += weight
     totals.loss += value * receiver.weight
     for index in receiver.reached:
         totals.reached[index] += 1
