@@ -20,8 +20,6 @@ from tests.export.trained import ARCHITECTURES, trained
 LAYOUTS = ("native", "uniform", "compact", "per_rank")
 RANKS = (3, 0, 1, 4, 2, 5, 9, 6)
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-
 
 class Case:
     """One trained architecture with its exports and its logits."""

@@ -114,14 +114,14 @@ def _tgi(facts: Facts) -> dict[str, float]:
 
     A type that lacks a tensor in some layer is dropped whole.
     """
-    first, *others = _types(facts.pairs)
-    padded = tgi_rank(facts.r)
-    divisor = padded**0.5 if facts.config.get("use_rslora") else padded
+    types, padded = _types(facts.pairs), tgi_rank(facts.r)
+    later = facts.alpha / (padded**0.5 if facts.config.get("use_rslora") else padded)
     scalings = _rule_b(facts)
-    for kind in others:
-        scalings |= dict.fromkeys(_types(facts.pairs)[kind], facts.alpha / divisor)
-    dropped = _dropped_types(facts)
-    return {name: 0.0 if _type(name) in dropped else scaling for name, scaling in scalings.items() if first}
+    for kind in list(types)[1:]:
+        scalings |= dict.fromkeys(types[kind], later)
+    for kind in _dropped_types(facts):
+        scalings |= dict.fromkeys(types[kind], 0.0)
+    return scalings
 
 
 RULES: Mapping[Rule, Callable[[Facts], dict[str, float]]] = {"a": _rule_a, "b": _rule_b, "c": _rule_c, "d": _rule_d}

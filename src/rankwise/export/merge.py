@@ -17,6 +17,10 @@ from rankwise.export.fold import FoldedAdapter
 __all__ = ["MergedWeights", "merge_weights", "save_merged", "verify_merged"]
 
 _ROUNDING_WORTH_A_NOTE = 1e-2
+_LOAD_UNQUANTIZED = (
+    "Merging into quantized weights would round the update away: load the base in bfloat16 or float32 and export the "
+    "checkpoint with it, or export an adapter (layout uniform)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +68,11 @@ def merge_weights(folded: FoldedAdapter, base: nn.Module, dtype: torch.dtype | N
     Raises:
         ExportError: a quantized, missing, tied or offloaded weight, or one of another shape than the adapter's.
     """
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise ExportError(f"the base model is quantized. {_LOAD_UNQUANTIZED}")
     layers = {name: _plain_layer(base, name, folded) for name, layer in folded.layers.items() if layer.rank}
     sources = _base_tensors(base)
-    sources |= {name: tensor for name, tensor in folded.saved.items() if name in sources}
+    sources |= {name: tensor.to(sources[name].dtype) for name, tensor in folded.saved.items() if name in sources}
     missing = [name for name in folded.saved if name not in sources]
     if missing:
         raise ExportError(
@@ -100,10 +106,7 @@ def _plain_layer(base: nn.Module, name: str, folded: FoldedAdapter) -> LinearLay
     layer = view_linear(name, inner)
     weight = getattr(inner, "weight", None)
     if layer is None or layer.quantized or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ExportError(
-            f"{name} is a {type(inner).__name__}: merging into quantized weights would round the update away. Load the "
-            "base in bfloat16 or float32 and export the checkpoint with it, or export an adapter (layout uniform)."
-        )
+        raise ExportError(f"{name} is a {type(inner).__name__}. {_LOAD_UNQUANTIZED}")
     if weight.device.type == "meta":
         raise ExportError(f"{name} is offloaded (meta device); load the base model into memory to merge.")
     expected = folded.layers[name].shape
