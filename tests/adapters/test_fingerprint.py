@@ -164,7 +164,7 @@ class StateOnRequest(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for i, value in enumerate(self.values):
-            destination[f"{prefix}state{i}"] = torch.full((7,), value)
+            destination[f"{prefix}state{i}"] = torch.full((1 << 18,), value)
 
 
 def test_tensors_that_are_built_on_request_are_told_apart():
