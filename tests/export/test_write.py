@@ -269,11 +269,16 @@ def test_with_a_base_model_a_checkpoint_gets_leaf_names_and_compared_logits(tmp_
     assert not any("lora" in name for name, _ in base.named_modules())
 
 
-def test_a_uniform_export_exports_again_to_the_same_updates(llama, tmp_path):
+@pytest.mark.parametrize("layout", ["uniform", "compact", "per_rank"])
+def test_padding_is_taken_out_again_when_a_uniform_adapter_is_exported(llama, tmp_path, layout):
     model, plan = llama
-    export_adapter(model, tmp_path / "a", plan=plan)
-    report = export_folder(tmp_path / "a", tmp_path / "b", layout="compact")
+    export_adapter(model, tmp_path / "uniform", plan=plan)
+    export_adapter(model, tmp_path / "live", layout=layout, plan=plan)
+    report = export_folder(tmp_path / "uniform", tmp_path / "again", layout=layout, plan=plan)
     assert report.verification.update_error < 1e-6
+    first, second = read_adapter(tmp_path / "live"), read_adapter(tmp_path / "again")
+    assert {k: t.shape for k, t in first.tensors.items()} == {k: t.shape for k, t in second.tensors.items()}
+    assert all(torch.allclose(tensor, second.tensors[key], rtol=1e-6) for key, tensor in first.tensors.items())
 
 
 def test_a_folder_cannot_be_exported_onto_itself(llama, tmp_path):

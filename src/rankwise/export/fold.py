@@ -137,6 +137,8 @@ def fold_folder(
 ) -> FoldedAdapter:
     """The adapter of a folder as plain float32 factors, by PEFT's own rules for ranks and scalings.
 
+    Slots that `uniform` padded (a zero row of lora_A with a zero column of lora_B) are left out again.
+
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         state: what a method keeps beside the adapter (rankwise_state.safetensors); None if nothing.
@@ -146,7 +148,9 @@ def fold_folder(
         ArtifactError: missing, damaged, not a plain LoRA, or ranks other than the configuration says.
         ExportError: a tensor holds NaN or Inf.
     """
-    return with_empty_layers(fold_files(read_adapter(folder), state, source=str(folder)), empty_layers)
+    folded = fold_files(read_adapter(folder), state, source=str(folder))
+    layers = {name: _without_padding(layer) for name, layer in folded.layers.items()}
+    return with_empty_layers(replace(folded, layers=layers), empty_layers)
 
 
 def fold_files(files: AdapterFiles, state: FoldState | None = None, *, source: str = "the adapter") -> FoldedAdapter:
@@ -222,6 +226,11 @@ def _fold_layer(shape: LayerShape, pair: Pair, scaling: float, state: FoldState)
         lora_A = torch.cat([lora_A, offset.lora_A.float()])
         lora_B = torch.cat([lora_B, -offset.lora_B.float()], dim=1)
     return FoldedLayer(shape, lora_A, lora_B, scaling)
+
+
+def _without_padding(layer: FoldedLayer) -> FoldedLayer:
+    used = layer.lora_A.any(dim=1) | layer.lora_B.any(dim=0)
+    return replace(layer, lora_A=layer.lora_A[used], lora_B=layer.lora_B[:, used])
 
 
 def _plain_copy(name: str, parameter: Tensor) -> Tensor:

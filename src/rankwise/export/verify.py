@@ -101,13 +101,7 @@ def verify(
     Raises:
         VerificationError: a file that is not the trained adapter, with every measured excess.
     """
-    try:
-        files = read_adapter(folder)
-        faults = check_files(files, folded)
-    except ArtifactError as fault:
-        raise VerificationError(f"{folder}: the written adapter cannot be read back: {fault}") from fault
-    if faults:
-        raise VerificationError(f"{folder}: the written adapter is not as planned:\n  " + "\n  ".join(faults))
+    files = _read_back(folder, folded)
     update_error, layer = _worst_update(files, folded)
     bound = update_bound(files)
     if not update_error <= bound:
@@ -127,6 +121,17 @@ def verify(
         verdicts=verdicts,
         layers=len(folded.layers),
     )
+
+
+def _read_back(folder: str | Path, folded: FoldedAdapter) -> AdapterFiles:
+    try:
+        files = read_adapter(folder)
+        faults = check_files(files, folded)
+    except ArtifactError as fault:
+        raise VerificationError(f"{folder}: the written adapter cannot be read back: {fault}") from fault
+    if faults:
+        raise VerificationError(f"{folder}: the written adapter is not as planned:\n  " + "\n  ".join(faults))
+    return files
 
 
 def check_files(files: AdapterFiles, folded: FoldedAdapter) -> list[str]:

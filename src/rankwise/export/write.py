@@ -192,17 +192,13 @@ def export_folder(
     job = _job(destination, layout, dtype, consumers, extra_files, failed_folder, overwrite=overwrite)
     if job.folder.resolve() == source.resolve():
         raise OutputError(f"{destination} is the source itself; name another folder.")
-    if state is None and (source / STATE_FILE).is_file():
-        state = FoldState.load(source / STATE_FILE)
-    folded = fold_folder(source, state, empty_layers=_empty_layers(plan))
-    _check_plan(folded, plan, gated=bool(state))
-    if base is not None:
-        folded = replace(folded, module_names=base_module_names(base))
-    compared = base is not None and batch is not None
-    if compared and state:
-        compared, batch = False, None
-        folded = replace(folded, notes=(*folded.notes, "logits were not compared: the checkpoint's gates are folded."))
+    state = _stored_state(source) if state is None else state
+    folded = _source_adapter(source, state, base, plan)
+    if state and batch is not None:
+        batch = None  # stock PEFT on the base knows nothing of gates, offsets and boosters
+        folded = replace(folded, notes=(*folded.notes, "logits were not compared: the method's state is folded."))
     with ExitStack() as stack:
+        compared = base is not None and batch is not None
         model = stack.enter_context(adapter_on_base(base, source)) if base is not None and compared else None
         reference = None if model is None or batch is None else computed_logits(model, batch)
         if job.layout == "merged":
@@ -212,6 +208,19 @@ def export_folder(
             return verify(stage, folded, model, batch, fresh, consumers=job.consumers, reference=reference)
 
         return _write_adapter(job, folded, check)
+
+
+def _stored_state(source: Path) -> FoldState | None:
+    path = source / STATE_FILE
+    return FoldState.load(path) if path.is_file() else None
+
+
+def _source_adapter(
+    source: Path, state: FoldState | None, base: nn.Module | None, plan: RankPlan | None
+) -> FoldedAdapter:
+    folded = fold_folder(source, state, empty_layers=_empty_layers(plan))
+    _check_plan(folded, plan, gated=bool(state))
+    return folded if base is None else replace(folded, module_names=base_module_names(base))
 
 
 @dataclass(frozen=True, slots=True)
