@@ -16,8 +16,9 @@ from tests.training.children import finish, start
 from tests.training.jobs import Job, factors, final, new_session, run
 
 
-@pytest.mark.parametrize("method", ["rora", "gora"])
-@pytest.mark.parametrize("loop", ["trainer", "sft", "accelerate"])
+@pytest.mark.parametrize(
+    ("loop", "method"), [("trainer", "rora"), ("trainer", "gora"), ("sft", "gora"), ("accelerate", "rora")]
+)
 def test_a_run_split_over_two_processes_ends_bit_equal(tmp_path: Path, loop: str, method: str):
     whole, split = (
         Job(folder=str(tmp_path / name), loop=loop, method=method, steps=8, save_steps=3) for name in ("whole", "split")
@@ -97,7 +98,7 @@ def test_no_marker_no_resume(copied: Path):
 
 
 def test_another_base_model_is_refused(checkpoint: Path):
-    with pytest.raises(CheckpointError, match="another|architecture"):
+    with pytest.raises(CheckpointError, match=r"has [0-9a-f]{16}: load the model"):
         resume(tiny_gpt2(), checkpoint)
     with pytest.raises(CheckpointError, match="other weights"):
         resume(tiny_llama(seed=1), checkpoint)

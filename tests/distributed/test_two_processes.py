@@ -1,0 +1,64 @@
+"""Two gloo processes hold one plan and agree with one process on the same global batches to 1e-5."""
+
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rankwise.training.marker import complete_checkpoints
+from tests.distributed import workers
+from tests.training.children import CONTEXT, finish
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(work: Callable[..., Any], world: int, folder: Path) -> list[dict[str, Tensor]]:
+    """Runs the work in `world` processes; what each kept."""
+    folder.mkdir(exist_ok=True)
+    port = free_port()
+    processes = [CONTEXT.Process(target=work, args=(rank, world, port, str(folder))) for rank in range(world)]
+    for process in processes:
+        process.start()
+    assert [finish(process) for process in processes] == [0] * world
+    return [load_file(folder / f"final-{rank}.safetensors") for rank in range(world)]
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=1e-5, atol=1e-5), name
+
+
+def test_plan_start_and_weights_agree_with_one_process_also_past_a_nan(tmp_path: Path):
+    alone = run(workers.accelerate_loop, 1, tmp_path / "one")[0]
+    first, second = run(workers.accelerate_loop, 2, tmp_path / "two")
+    hashes = {path.read_text() for path in tmp_path.glob("*/plan-*")}
+    assert len(hashes) == 1
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(alone, first)
+    moved = [
+        name for name in alone if not name.startswith("start.") and not torch.equal(alone[name], alone[f"start.{name}"])
+    ]
+    assert moved
+
+
+def test_trainer_under_ddp_agrees_with_one_process_and_resumes_bit_equal(tmp_path: Path):
+    alone = run(workers.trainer, 1, tmp_path / "one")[0]
+    two = tmp_path / "two"
+    first, second = run(workers.trainer, 2, two)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(alone, first)
+    assert [path.name for path in complete_checkpoints(two)] == ["checkpoint-4", "checkpoint-6"]
+    assert {path.name for path in (two / "checkpoint-6").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    shutil.rmtree(two / "checkpoint-6")
+    again, _ = run(workers.trainer, 2, two)
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []

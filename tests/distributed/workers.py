@@ -1,0 +1,98 @@
+"""What each of several gloo processes does; the same code runs alone with a world of one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tests.training.jobs import Job, Rows, factors, new_session, trainer_arguments
+
+STEPS = 6
+POISONED_STEP = 3
+
+
+def join_world(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def leave_world() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def accelerate_loop(rank: int, world: int, port: int, folder: str) -> None:
+    """GoRA from shared calibration, then a bare loop in which the last process meets a NaN once."""
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    join_world(rank, world, port)
+    job = Job(folder=folder, method="gora", dropout=0.0, steps=STEPS)
+    args = TrainingArguments(**{**trainer_arguments(job), "output_dir": folder})
+    accelerator = Accelerator(cpu=True)  # after the arguments: making those resets accelerate's state
+    session = new_session(job)
+    start = factors(session)
+    optimizer, scheduler = session.optimizers(args, STEPS)
+    model, optimizer = accelerator.prepare(session.model, optimizer)
+    session.begin(optimizer, STEPS)
+    poisoned = next(iter(session.layers.values()))
+    tokens = Rows(rows=4 * STEPS).tokens.reshape(STEPS, 4, -1)
+    for step in range(1, STEPS + 1):
+        mine = tokens[step - 1].reshape(world, 4 // world, -1)[rank]
+        session.before_step(step)
+        handle = poisoned.lora_A.register_hook(lambda gradient: gradient * float("nan"))
+        if step != POISONED_STEP or rank != world - 1:
+            handle.remove()
+        accelerator.backward(model(input_ids=mine, labels=mine).loss)
+        handle.remove()
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        session.before_optimizer_step(step)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        session.after_step(step)
+    session.end(STEPS)
+    assert session.health.gradients.skipped()[poisoned.name] == 1
+    _keep(session, folder, rank, {f"start.{name}": value for name, value in start.items()})
+    leave_world()
+
+
+def trainer(rank: int, world: int, port: int, folder: str) -> None:
+    """Trainer under DDP on the global batches of one process, with checkpoints; resumed if there is one."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    from rankwise.training.state import last_complete_checkpoint, resume
+    from tests.support.models import tiny_llama
+
+    join_world(rank, world, port)
+    job = Job(folder=folder, dropout=0.0, steps=STEPS, save_steps=2, keep=2)
+    args = TrainingArguments(
+        **{
+            **trainer_arguments(job),
+            "per_device_train_batch_size": 4 // world,
+            "gradient_accumulation_steps": 1,
+            "ddp_find_unused_parameters": False,
+        }
+    )
+    checkpoint = last_complete_checkpoint(folder)
+    session = new_session(job) if checkpoint is None else resume(tiny_llama(), checkpoint)
+    made = Trainer(
+        session.model,
+        args,
+        train_dataset=Rows(rows=24),
+        optimizers=session.optimizers(args, STEPS),
+        callbacks=[session.callback()],
+    )
+    made.remove_callback(PrinterCallback)
+    made.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _keep(session, folder, rank, {})
+    leave_world()
+
+
+def _keep(session: Any, folder: str, rank: int, more: dict[str, torch.Tensor]) -> None:
+    save_file({**factors(session), **more}, Path(folder) / f"final-{rank}.safetensors")
+    (Path(folder) / f"plan-{rank}").write_text(session.plan.hash())
