@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.report.grid import OUTSIDE, Position, arrange, split_name
+from rankwise.report.grid import OUTSIDE, Position, arrange, headings, split_name
 
 part = st.text(alphabet="abqv_<&\"'é", min_size=1, max_size=6)
 number = st.integers(0, 120).map(str)
@@ -55,6 +55,16 @@ def test_encoder_and_decoder_are_two_panels_and_a_head_comes_last() -> None:
     assert panels[0].kinds == ("q",)
     assert panels[1].kinds == ("SelfAttention.q", "EncDecAttention.q")
     assert panels[2].rows == (None,)
+
+
+def test_the_only_stack_needs_no_heading_but_two_and_outsiders_do() -> None:
+    assert headings(arrange(["h.0.q", "h.1.q"])) == ("",)
+    assert headings(arrange(["h.0.q", "pooler.dense"])) == ("", OUTSIDE)
+    assert headings(arrange(["encoder.0.q", "decoder.0.q", "head"])) == ("encoder", "decoder", OUTSIDE)
+
+
+def test_outside_the_blocks_whole_names_are_kept() -> None:
+    assert arrange(["pooler.dense", "h.0.q"])[1].kinds == ("pooler.dense",)
 
 
 def test_rows_are_sorted_and_gaps_stay_absent() -> None:

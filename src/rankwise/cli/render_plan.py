@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.ranks.plan import LayerPlan, RankPlan
-from rankwise.report.grid import OUTSIDE, Panel, arrange
+from rankwise.report.grid import Panel, arrange, headings
 from rankwise.report.summary import kind_shares, rank_sentence
 from rankwise.report.words import figure
 
@@ -70,9 +70,9 @@ class HeatMap:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The panels, one after the other."""
         panels = arrange(self.ranks)
-        for panel in panels:
-            if len(panels) > 1 or panel.stack == OUTSIDE:
-                yield Text(panel.stack, style="bold")
+        for panel, heading in zip(panels, headings(panels), strict=True):
+            if heading:
+                yield Text(heading, style="bold")
             yield from self._panel(panel, options.max_width)
 
     def _panel(self, panel: Panel, width: int) -> Iterator[Text]:
@@ -85,7 +85,7 @@ class HeatMap:
         groups = [panel.rows[start : start + together] for start in range(0, len(panel.rows), together)]
         for kind in panel.kinds:
             yield self._line(panel, kind, groups, label, digits)
-        if panel.rows != (None,):
+        if len(panel.rows) > 1:
             yield _scale(groups, label, digits)
         if together > 1:
             yield Text(f"{'':{label}} each cell is the mean of up to {together} blocks", style="dim")
@@ -98,7 +98,8 @@ class HeatMap:
             found = [self.ranks[panel.cells[row, kind]] for row in group if (row, kind) in panel.cells]
             line.append(*_cell(found, lowest, highest, digits))
             every += found
-        line.append(f"{sum(every) / len(every):7.1f}", style="dim")
+        if len(panel.rows) > 1:
+            line.append(f"{sum(every) / len(every):7.1f}", style="dim")
         return line
 
 
@@ -129,7 +130,7 @@ def _cell(ranks: Sequence[int], lowest: int, highest: int, digits: int) -> tuple
 
 @dataclass(frozen=True)
 class RankTable:
-    """One line a layer; a narrow console drops sizes and reasons rather than the ends of names."""
+    """One line a layer; a narrow console drops sizes, scalings and reasons rather than the ends of names."""
 
     plan: RankPlan
 
@@ -137,7 +138,8 @@ class RankTable:
         """The table for the width at hand, and a reason that all layers share."""
         reasons = {layer.reason for layer in self.plan.layers}
         wide = options.max_width >= 110
-        table = frameless("layer", *([">out x in"] if wide else []), ">rank", ">scaling", ">parameters", ">importance")
+        shape, scaling = ([">out x in"], [">scaling"]) if wide else ([], [])
+        table = frameless("layer", *shape, ">rank", *scaling, ">parameters", ">importance")
         if wide and len(reasons) > 1:
             table.add_column("reason", overflow="fold")
         for layer in self.plan.layers:
@@ -150,12 +152,10 @@ class RankTable:
         cells: list[RenderableType] = [Text(layer.name, overflow="fold")]
         if wide:
             cells.append(f"{layer.out_features} x {layer.in_features}")
-        cells += [
-            Text(str(layer.rank), style="bold" if layer.rank else "dim"),
-            figure(self.plan.scaling(layer.name)) if layer.rank else "-",
-            f"{layer.parameters:,}",
-            _importance(layer.importance),
-        ]
+        cells.append(Text(str(layer.rank), style="bold" if layer.rank else "dim"))
+        if wide:
+            cells.append(figure(self.plan.scaling(layer.name)) if layer.rank else "-")
+        cells += [f"{layer.parameters:,}", _importance(layer.importance)]
         return [*cells, Text(layer.reason)] if reason else cells
 
 

@@ -38,9 +38,9 @@ def importance_bars(identity: str, title: str, bars: Sequence[tuple[str, float, 
         shapes += [
             node(
                 "text",
-                shortened(label, 26),
+                shortened(label, 28),
                 node("title", label),
-                x=186,
+                x=196,
                 y=y + 16,
                 text_anchor="end",
                 class_="mono small",
@@ -48,14 +48,14 @@ def importance_bars(identity: str, title: str, bars: Sequence[tuple[str, float, 
             node(
                 "rect",
                 node("title", f"{label}: {figure(importance)}"),
-                x=194,
+                x=204,
                 y=y + 4,
                 width=width,
                 height=16,
                 rx=2,
                 class_=color,
             ),
-            node("text", f"rank {rank}", x=194 + width + 6, y=y + 16, class_="soft small"),
+            node("text", f"rank {rank}", x=204 + width + 6, y=y + 16, class_="soft small"),
         ]
     description = "; ".join(
         f"{label}: importance {figure(importance)}, rank {rank}" for label, importance, rank in bars
@@ -87,7 +87,7 @@ class _Axes:
 
     def x(self, value: float) -> float:
         low, high = self.x_range
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / ((high - low) or 1.0)
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -106,9 +106,10 @@ def line_chart(identity: str, title: str, lines: Sequence[Line]) -> Markup:
     steps = [x for line in lines for x, _ in line.points]
     heights = [y for _, y in finite] or [0.0]
     low_x, high_x = min(steps), max(steps)
+    margin = 0.5 if low_x == high_x else 0.0
     y_ticks = ticks(min(heights), max(heights))
     x_ticks = tuple(tick for tick in ticks(low_x, high_x, 5) if low_x <= tick <= high_x and tick == int(tick))
-    axes = _Axes(x_ticks, y_ticks, (low_x, high_x))
+    axes = _Axes(x_ticks, y_ticks, (low_x - margin, high_x + margin))
     shapes = [*_grid_lines(axes), *_legend(lines)]
     for line in lines:
         shapes += _series(line, axes)

@@ -6,10 +6,10 @@ and a language model, are different stacks and become different panels.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["OUTSIDE", "Panel", "Position", "arrange", "split_name"]
+__all__ = ["OUTSIDE", "Panel", "Position", "arrange", "headings", "split_name"]
 
 OUTSIDE = "outside the blocks"
 """The stack of layers whose name holds no index: a head, a pooler, an embedding's projection."""
@@ -34,7 +34,8 @@ class Panel:
     Args:
         stack: the dotted name of the list of blocks, or OUTSIDE.
         rows: block indices in ascending order; `(None,)` outside the blocks.
-        kinds: column labels, the shortest endings that tell the kinds apart, in the order of the layers.
+        kinds: column labels in the order of the layers: the shortest endings that tell the kinds apart, outside the
+            blocks whole names.
         cells: full layer name by (row, kind).
     """
 
@@ -42,6 +43,12 @@ class Panel:
     rows: tuple[int | None, ...]
     kinds: tuple[str, ...]
     cells: Mapping[tuple[int | None, str], str]
+
+
+def headings(panels: Sequence[Panel]) -> tuple[str, ...]:
+    """What stands above each panel: nothing above the only stack of blocks, else its name."""
+    stacks = sum(panel.stack != OUTSIDE for panel in panels)
+    return tuple("" if stacks == 1 and panel.stack != OUTSIDE else panel.stack for panel in panels)
 
 
 def split_name(name: str) -> Position:
@@ -77,7 +84,8 @@ def arrange(names: Iterable[str]) -> tuple[Panel, ...]:
 
 
 def _panel(stack: str, positions: Mapping[str, Position]) -> Panel:
-    labels = _shortest_labels(dict.fromkeys(position.kind for position in positions.values()))
+    kinds = dict.fromkeys(position.kind for position in positions.values())
+    labels = {kind: kind for kind in kinds} if stack == OUTSIDE else _shortest_labels(kinds)
     rows = sorted({-1 if position.index is None else position.index for position in positions.values()})
     cells = {(position.index, labels[position.kind]): name for name, position in positions.items()}
     return Panel(stack, tuple(None if row < 0 else row for row in rows), tuple(labels.values()), cells)

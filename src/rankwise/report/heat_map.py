@@ -44,10 +44,13 @@ def heat_map(
     shown = {name: values[name] for name in panel.cells.values()}
     drawing = _Drawing(panel, shown, scale, text, hints)
     description = f"{len(shown)} layers, from {text(min(shown.values()))} to {text(max(shown.values()))}."
-    width, height = drawing.right + 96.0, drawing.bottom + (4.0 if panel.rows == (None,) else 24.0)
+    indexed = panel.rows != (None,)
+    width, height = drawing.right + (96.0 if indexed else 4.0), drawing.bottom + (24.0 if indexed else 4.0)
     # A phone scrolls rather than shrinks the figures out of sight; a wide page does not blow them up.
     style = f"min-width:{min(width, max(width * 0.6, 330)):.0f}px;max-width:{width * 1.25:.0f}px"
-    shapes = [*drawing.cells(), *drawing.kinds(), *drawing.blocks()]
+    shapes = [*drawing.cells(), *drawing.kinds()]
+    if indexed:
+        shapes += [*drawing.kind_means(), *drawing.blocks()]
     return frame(identity, title, description, width, height, *shapes, style=style)
 
 
@@ -73,7 +76,7 @@ class _Drawing:
         return self.left + column * (self.cell + _GAP)
 
     def y(self, line: int) -> float:
-        return _TOP + line * (_CELL_HEIGHT + _GAP)
+        return (4.0 if self.panel.rows == (None,) else _TOP) + line * (_CELL_HEIGHT + _GAP)
 
     @property
     def right(self) -> float:
@@ -100,26 +103,27 @@ class _Drawing:
         return shapes
 
     def kinds(self) -> list[Markup]:
-        """Names of the kinds at the left, their means as bars at the right."""
-        means = self._means(1)
+        """Names of the kinds at the left."""
+        x = self.left - 8
+        return [
+            node("text", shortened(kind, _LABEL_LENGTH), x=x, y=self.y(line) + 18.5, text_anchor="end", class_="mono")
+            for line, kind in enumerate(self.panel.kinds)
+        ]
+
+    def kind_means(self) -> list[Markup]:
+        """The mean of each kind as a bar at the right."""
+        means, x = self._means(1), self.right + 8
         top = max(means.values()) or 1.0
-        shapes = [node("text", "mean", x=self.right + 8, y=_TOP - 8, class_="soft")]
+        shapes = [node("text", "mean", x=x, y=_TOP - 8, class_="soft")]
         for line, kind in enumerate(self.panel.kinds):
-            y, mean = self.y(line), means[kind]
-            name = node(
-                "text", shortened(kind, _LABEL_LENGTH), x=self.left - 8, y=y + 18.5, text_anchor="end", class_="mono"
-            )
-            bar = node(
-                "rect", x=self.right + 8, y=y + 10, width=_EDGE_WIDTH * mean / top, height=8, rx=2, class_="edge"
-            )
-            shapes += [name, bar, node("text", self.text(mean), x=self.right + 54, y=y + 18.5, class_="soft")]
+            y, width = self.y(line), _EDGE_WIDTH * means[kind] / top
+            shapes.append(node("rect", x=x, y=y + 10, width=width, height=8, rx=2, class_="edge"))
+            shapes.append(node("text", self.text(means[kind]), x=x + 46, y=y + 18.5, class_="soft"))
         return shapes
 
     def blocks(self) -> list[Markup]:
         """The mean of each block as a bar above, block indices below."""
         rows = self.panel.rows
-        if rows == (None,):
-            return []
         means = self._means(0)
         top = max(means.values()) or 1.0
         every = max(1, math.ceil(24.0 / (self.cell + _GAP)))

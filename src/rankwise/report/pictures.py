@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rankwise.ranks.plan import LayerPlan, RankPlan
 from rankwise.report.charts import KIND_COLORS, Line, importance_bars, line_chart, stacked_bar
 from rankwise.report.files import Metric, Run
-from rankwise.report.grid import OUTSIDE, Panel, arrange
+from rankwise.report.grid import arrange, headings
 from rankwise.report.heat_map import heat_map
 from rankwise.report.summary import kind_shares, places, rank_sentence
 from rankwise.report.words import duration, figure
@@ -82,12 +82,12 @@ def rank_section(run: Run) -> dict[str, object] | None:
     scale = (float(min(values)), float(max(values)))
     maps = [
         Picture(
-            _caption(panel, panels),
+            heading,
             heat_map(
                 f"ranks-{place}", f"Ranks, {panel.stack}", panel, final, scale=scale, text=_rank_text, hints=hints
             ),
         )
-        for place, panel in enumerate(panels)
+        for place, (panel, heading) in enumerate(zip(panels, headings(panels), strict=True))
     ]
     shares = sorted(kind_shares(plan, final), key=lambda share: -share.parameters)
     spent = run.parameters
@@ -108,10 +108,6 @@ def rank_section(run: Run) -> dict[str, object] | None:
         "changed": bool(run.changes),
         "notes": plan.notes,
     }
-
-
-def _caption(panel: Panel, panels: tuple[Panel, ...]) -> str:
-    return panel.stack if len(panels) > 1 or panel.stack == OUTSIDE else ""
 
 
 def _rank_text(value: float) -> str:
@@ -146,7 +142,7 @@ def importance_section(run: Run) -> dict[str, object] | None:
     }
     maps = [
         Picture(
-            _caption(panel, panels),
+            heading,
             heat_map(
                 f"importance-{place}",
                 f"Importance, {panel.stack}",
@@ -157,7 +153,7 @@ def importance_section(run: Run) -> dict[str, object] | None:
                 hints=hints,
             ),
         )
-        for place, panel in enumerate(panels)
+        for place, (panel, heading) in enumerate(zip(panels, headings(panels), strict=True))
     ]
     leaders = sorted(found, key=lambda name: -found[name])[:_BARS]
     ranks, labels = run.final_ranks, places(panels)

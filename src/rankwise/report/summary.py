@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rankwise.ranks.plan import LayerPlan, RankPlan
-from rankwise.report.grid import Panel, arrange
+from rankwise.report.grid import OUTSIDE, Panel, arrange, headings
 
 __all__ = ["Share", "kind_shares", "places", "rank_sentence"]
 
@@ -32,9 +32,10 @@ def kind_shares(plan: RankPlan, ranks: Mapping[str, int]) -> list[Share]:
     panels = arrange(layer.name for layer in plan.layers)
     layers = {layer.name: layer for layer in plan.layers}
     groups: dict[str, list[LayerPlan]] = defaultdict(list)
-    for panel in panels:
+    for panel, heading in zip(panels, headings(panels), strict=True):
+        prefix = f"{heading} · " if heading and heading != OUTSIDE else ""
         for (_, kind), name in panel.cells.items():
-            groups[kind if len(panels) == 1 else f"{panel.stack} · {kind}"].append(layers[name])
+            groups[prefix + kind].append(layers[name])
     return [
         Share(
             kind=kind,
@@ -65,9 +66,8 @@ def rank_sentence(plan: RankPlan, ranks: Mapping[str, int]) -> str:
 
 def places(panels: tuple[Panel, ...]) -> dict[str, str]:
     """Each layer as a reader finds it in the heat map: kind and block, the stack where there are several."""
-    stacks = sum(panel.rows != (None,) for panel in panels)
     return {
-        name: kind if row is None else f"{kind}, {panel.stack if stacks > 1 else 'block'} {row}"
-        for panel in panels
+        name: kind if row is None else f"{kind}, {heading or 'block'} {row}"
+        for panel, heading in zip(panels, headings(panels), strict=True)
         for (row, kind), name in panel.cells.items()
     }

@@ -10,7 +10,7 @@ from rankwise.report.words import duration, facts, figure, plain, with_verificat
 
 __all__ = ["Card", "page"]
 
-_RESULT_CARDS = 4
+_RESULT_CARDS = 3
 _STATUS = {
     "finished": ("✓", "good", "The run finished."),
     "running": ("…", "open", "The run is going on, or was killed before it could say otherwise."),
@@ -63,7 +63,7 @@ def page(run: Run) -> dict[str, object]:
 
 def _model_name(run: Run) -> str:
     named = run.manifest.config.get("model") or (run.plan.model.name if run.plan else "")
-    return PurePosixPath(str(named)).name or "a model"
+    return "/".join(PurePosixPath(str(named)).parts[-2:]) or "a model"
 
 
 def _methods(run: Run) -> list[str]:
