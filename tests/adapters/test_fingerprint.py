@@ -96,15 +96,21 @@ def test_the_weights_fingerprint_does_not_depend_on_chunks_or_strides(monkeypatc
     assert weights_fingerprint(strided) == weights_fingerprint(plain)
 
 
-def test_tied_views_of_one_memory_are_told_apart_by_their_shape():
-    shared = torch.arange(6.0)
-    model = nn.Module()
-    model.wide = nn.Parameter(shared.view(2, 3))
-    model.tall = nn.Parameter(shared.view(3, 2))
-    swapped = nn.Module()
-    swapped.wide = nn.Parameter(shared.view(3, 2))
-    swapped.tall = nn.Parameter(shared.view(2, 3))
-    assert weights_fingerprint(model) != weights_fingerprint(swapped)
+def test_tied_views_of_one_memory_are_told_apart_by_shape_and_stride():
+    def holding(**views):
+        model = nn.Module()
+        for name, view in views.items():
+            setattr(model, name, nn.Parameter(view))
+        return model
+
+    shared = torch.arange(4.0).view(2, 2)
+    views = [shared, shared.T, shared[:1], shared.view(4)]
+    assert len({weights_fingerprint(holding(a=shared, b=view)) for view in views}) == 4
+    # What a view does not show does not count, and what it shows does.
+    whole = [
+        weights_fingerprint(holding(a=base[:1], b=base)) for base in (shared, shared + torch.tensor([[0.0], [1.0]]))
+    ]
+    assert whole[0] != whole[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
