@@ -1,0 +1,197 @@
+"""The arms of the comparison: where the parameters sit, and what the factors start from; all through rankwise itself.
+
+Every arm but `gora-own-scale` multiplies lora_B @ lora_A by 2 in every layer (alpha = 2 r, rule alpha/r), so that arms
+differ in place and start alone. `gora-own-scale` has GoRA's own rule, alpha/sqrt(rank), with the same alpha.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from benchmarks.quality.setting import Batch, Bench, batch_loss
+from torch import Tensor, nn
+
+import rankwise as rw
+from rankwise.adapters.attach import attach_lora
+from rankwise.adapters.targets import resolve_targets
+from rankwise.ranks.allocation import water_fill
+from rankwise.ranks.plan import RankPlan
+from rankwise.ranks.shapes import LayerShape, ScalingRule, uniform_budget
+from rankwise.training.attach import Calibration
+
+__all__ = ["ARMS", "Arm", "Started"]
+
+CALIBRATION_BATCHES = 64  # GoRA's N; the first batches of the run's own data
+
+
+@dataclass(frozen=True)
+class Started:
+    """A model ready to train, and the plan that it was built from."""
+
+    model: nn.Module
+    plan: RankPlan
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table.
+
+    Args:
+        name: the command-line name.
+        title: what the table says.
+        r: the budget: the parameters of this uniform rank.
+        rates: learning rates tried first, the likeliest in the middle; the best must come out interior.
+        start: makes the model.
+        baseline: the arm at the same budget that it is compared with, or None.
+    """
+
+    name: str
+    title: str
+    r: int
+    rates: tuple[float, ...]
+    start: Callable[["Arm", Bench, int], Started]
+    baseline: str | None
+
+
+def _shapes(model: nn.Module) -> list[LayerShape]:
+    return [layer.shape for layer in resolve_targets(model, "all-linear").layers]
+
+
+def _plan(arm: Arm, shapes: Sequence[LayerShape], ranks: Sequence[int], seed: int) -> RankPlan:
+    return RankPlan.from_shapes(
+        shapes, ranks, r=arm.r, lora_alpha=2 * arm.r, scaling_rule=ScalingRule.ALPHA_OVER_R, seed=seed
+    )
+
+
+def _uniform(arm: Arm, bench: Bench, seed: int) -> Started:
+    model = bench.fresh_model()
+    shapes = _shapes(model)
+    plan = _plan(arm, shapes, [arm.r] * len(shapes), seed)
+    return Started(attach_lora(model, plan), plan)
+
+
+def _only(chosen: Callable[[str], bool]) -> Callable[[Arm, Bench, int], Started]:
+    """Equal ranks on some layers, none on the others, at the arm's budget."""
+
+    def start(arm: Arm, bench: Bench, seed: int) -> Started:
+        model = bench.fresh_model()
+        shapes = _shapes(model)
+        shares = [float(chosen(shape.name)) for shape in shapes]
+        plan = _plan(arm, shapes, water_fill(shares, shapes, uniform_budget(shapes, arm.r), floor=0, cap=None), seed)
+        return Started(attach_lora(model, plan), plan)
+
+    return start
+
+
+def _gora(arm: Arm, *, own_scale: bool = False) -> "rw.GoRA":
+    # At the budget of r = 1 a least rank of 1 would leave nothing to allocate.
+    least = 0 if arm.r == 1 else None
+    if own_scale:
+        return rw.GoRA(r_min=least)
+    return rw.GoRA(r_min=least, scaling="average", rank_stabilized=False)
+
+
+def _calibration(bench: Bench, seed: int, r: int) -> Calibration:
+    batches = list(bench.batches(seed))[:CALIBRATION_BATCHES]
+    folder = Path(tempfile.gettempdir()) / "rankwise-quality"
+    folder.mkdir(exist_ok=True)
+    return Calibration(
+        batches=batches,
+        max_batches=CALIBRATION_BATCHES,
+        memory="exact",
+        autocast_dtype=torch.bfloat16,
+        cache=folder / f"statistics-r{r}-seed{seed}.safetensors",
+        data_identity=f"{bench.identity['data_sha256']} seed {seed}",
+    )
+
+
+def _loss(bench: Bench) -> Callable[[nn.Module, Batch], tuple[Tensor, float]]:
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+        return batch_loss(model, batch, bench.head)[0].mean(), float(len(batch["label"]))
+
+    return loss
+
+
+def _gora_ranks(arm: Arm, bench: Bench, seed: int) -> RankPlan:
+    return rw.plan(
+        bench.fresh_model(),
+        _gora(arm),
+        r=arm.r,
+        lora_alpha=2 * arm.r,
+        calibration=_calibration(bench, seed, arm.r),
+        seed=seed,
+        loss=_loss(bench),
+    )
+
+
+def _gora_allocation(arm: Arm, bench: Bench, seed: int) -> Started:
+    plan = replace(_gora_ranks(arm, bench, seed), methods=("lora",))
+    return Started(attach_lora(bench.fresh_model(), plan), plan)
+
+
+def _inverse(arm: Arm, bench: Bench, seed: int) -> Started:
+    """Ranks in proportion to the inverse of GoRA's wish, within GoRA's own bounds."""
+    found = _gora_ranks(arm, bench, seed)
+    shapes = [layer.shape for layer in found.layers]
+    wished = [(layer.importance or 0.0) / layer.shape.cost**0.5 for layer in found.layers]
+    least = min(share for share in wished if share > 0)
+    shares = [1 / max(share, least) for share in wished]
+    ranks = water_fill(shares, shapes, uniform_budget(shapes, arm.r), floor=0, cap=4 * arm.r)
+    plan = _plan(arm, shapes, ranks, seed)
+    return Started(attach_lora(bench.fresh_model(), plan), plan)
+
+
+def _gora_start(arm: Arm, bench: Bench, seed: int) -> Started:
+    """A uniform rank with GoRA's lora_B."""
+    model = bench.fresh_model()
+    shapes = _shapes(model)
+    session = rw.attach(
+        model,
+        _gora(arm),
+        plan=_plan(arm, shapes, [arm.r] * len(shapes), seed),
+        calibration=_calibration(bench, seed, arm.r),
+        loss=_loss(bench),
+    )
+    return Started(session.model, session.plan)
+
+
+def _gora_whole(own_scale: bool) -> Callable[[Arm, Bench, int], Started]:
+    def start(arm: Arm, bench: Bench, seed: int) -> Started:
+        session = rw.attach(
+            bench.fresh_model(),
+            _gora(arm, own_scale=own_scale),
+            r=arm.r,
+            lora_alpha=2 * arm.r,
+            calibration=_calibration(bench, seed, arm.r),
+            seed=seed,
+            loss=_loss(bench),
+        )
+        return Started(session.model, session.plan)
+
+    return start
+
+
+_ONE, _FOUR, _SIXTEEN = (4.5e-3, 6e-3, 9e-3), (3e-3, 4.5e-3, 6e-3), (1.5e-3, 3e-3, 4.5e-3)
+
+ARMS: tuple[Arm, ...] = (
+    Arm("uniform-r1", "uniform, r = 1", 1, _ONE, _uniform, None),
+    Arm("uniform-r16", "uniform, r = 16", 16, _SIXTEEN, _uniform, "uniform-r1"),
+    Arm("gora", "GoRA: ranks and start", 1, _ONE, _gora_whole(own_scale=False), "uniform-r1"),
+    Arm("gora-allocation", "GoRA's ranks alone", 1, _ONE, _gora_allocation, "uniform-r1"),
+    Arm("gora-initialization", "GoRA's start alone", 1, _ONE, _gora_start, "uniform-r1"),
+    Arm("inverse", "inverse of GoRA's importance", 1, _ONE, _inverse, "uniform-r1"),
+    Arm("query-value", "query and value only", 1, _ONE, _only(lambda n: n.endswith(("query", "value"))), "uniform-r1"),
+    Arm(
+        "layers-0-2",
+        "layers 0 to 2 only",
+        1,
+        _ONE,
+        _only(lambda n: n.startswith(("encoder.layer.0.", "encoder.layer.1.", "encoder.layer.2."))),
+        "uniform-r1",
+    ),
+    Arm("uniform-r4", "uniform, r = 4", 4, _FOUR, _uniform, "uniform-r1"),
+    Arm("gora-r4", "GoRA: ranks and start", 4, _FOUR, _gora_whole(own_scale=False), "uniform-r4"),
+    Arm("gora-own-scale", "GoRA with its own scale", 1, _ONE, _gora_whole(own_scale=True), "uniform-r1"),
+)
