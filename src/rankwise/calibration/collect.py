@@ -172,10 +172,11 @@ class _Collection:
             for index, layer_sums, reached in zip(group, sums, totals.reached, strict=True):
                 zero = self._reduced(layer_sums)
                 all_zero = all_zero and zero
-                self._check_reached(layer_sums.layer, reached, totals)
                 found[index] = _finished(layer_sums, weight, reached)
-        if all_zero and self.on_zero == "error":
+        unused = all(layer.batches == 0 for layer in found.values())
+        if unused or (all_zero and self.on_zero == "error"):
             raise CalibrationError(_ALL_ZERO)
+        self._check_reached(found, totals)
         return self._statistics(found, totals, weight)
 
     def _sums(self, group: Sequence[int]) -> list[LayerSums]:
@@ -278,15 +279,16 @@ class _Collection:
             "calibrate in a wider dtype (bfloat16 or float32 instead of float16)."
         )
 
-    def _check_reached(self, layer: LinearLayer, reached: int, totals: Totals) -> None:
-        if reached == totals.batches or self.on_unused == "min":
-            return
-        if not any(totals.reached):
-            raise CalibrationError(_ALL_ZERO)
-        raise CalibrationError(
-            f"{layer.name}: only {reached} of {totals.batches} calibration batches reached it with a gradient. "
-            "A target must take part in the loss of every batch: exclude the layer, or allow it with on_unused='min'."
-        )
+    def _check_reached(self, found: Mapping[int, LayerStatistics], totals: Totals) -> None:
+        missed = [found[index] for index in sorted(found) if found[index].batches < totals.batches]
+        if missed and self.on_unused == "error":
+            first = missed[0]
+            others = f" (and {len(missed) - 1} more targets like it)" if len(missed) > 1 else ""
+            raise CalibrationError(
+                f"{first.shape.name}: only {first.batches} of {totals.batches} calibration batches reached it with a "
+                f"gradient{others}. A target must take part in the loss of every batch: exclude the layer, or allow it "
+                "with on_unused='min'."
+            )
 
     def _statistics(self, found: Mapping[int, LayerStatistics], totals: Totals, weight: float) -> GradientStatistics:
         return GradientStatistics(
