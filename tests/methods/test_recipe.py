@@ -111,6 +111,9 @@ def test_only_gora_needs_gradients() -> None:
     [
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"use_rslora": True}, "use rora"),
+        ({"bias": "all"}, "bias: 'all'"),
+        ({"rank_pattern": {"q": 4}}, "plan file"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
@@ -126,7 +129,14 @@ def test_peft_options_that_change_what_the_factors_mean_are_refused_by_every_met
 
 
 def test_harmless_peft_options_pass() -> None:
-    options = {"use_dora": False, "target_parameters": None, "layer_replication": [], "init_lora_weights": True, "r": 8}
+    options = {
+        "use_dora": False,
+        "target_parameters": None,
+        "layer_replication": [],
+        "init_lora_weights": True,
+        "r": 8,
+        "bias": "none",
+    }
     Recipe.of("gora").check(Situation(lora_options=options))
 
 

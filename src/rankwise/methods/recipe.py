@@ -140,6 +140,10 @@ class Refusal:
 
 # PEFT options that change what lora_B @ lora_A means, or who owns the factors, and what may stand there.
 _LORA_OPTIONS: Mapping[str, str] = {
+    "use_rslora": "the method owns the scaling; use rora for alpha / sqrt(rank)",
+    "rank_pattern": "the plan owns the ranks; edit them in a plan file",
+    "alpha_pattern": "the plan owns the scalings; leave it out",
+    "trainable_token_indices": "it trains embedding rows outside the factors; leave it out",
     "use_dora": "its norm depends on the update; leave it out",
     "lora_bias": "a bias on lora_B is not part of a plain adapter; leave it out",
     "use_qalora": "QALoRA pools the input of lora_A; leave it out",
@@ -166,6 +170,8 @@ def _colliding(recipe: Recipe) -> dict[Slot, list[str]]:
 def _refused_options(situation: Situation) -> list[str]:
     asked = {key: value for key, value in situation.lora_options.items() if value not in (None, False, (), [], {})}
     told = [f"{key}: {_LORA_OPTIONS[key]}" for key in asked if key in _LORA_OPTIONS]
+    if asked.get("bias", "none") != "none":
+        told.append(f"bias: {asked['bias']!r}: a plain adapter holds no bias; use none")
     start = situation.lora_options.get("init_lora_weights", True)
     if start is not True:
         told.append(f"init_lora_weights: {start!r}: the method owns the start of the factors; use true")
