@@ -32,7 +32,7 @@ def command(
     from rankwise.workflows.plan import plan
 
     run = load_config(config, settings or [])
-    with Drawing(quiet=quiet or as_json) as draw:
+    with Drawing(quiet=quiet or as_json, draw_plan=False) as draw:
         made = plan(run, draw)
     if output is not None:
         made.save(output)

@@ -66,11 +66,13 @@ class Drawing:
 
     Args:
         quiet: draw warnings only.
+        draw_plan: draw the plan when it is ready; not where the plan is the result.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, draw_plan: bool = True) -> None:
         self.console = error_console()
         self._quiet = quiet
+        self._draw_plan = draw_plan
         self._live = self.console.is_terminal and not quiet
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -97,7 +99,8 @@ class Drawing:
             case Note():
                 self._note(event)
             case PlanReady():
-                self._above_bars(render.plan_summary(event.plan))
+                if self._draw_plan:
+                    self._above_bars(render.plan_summary(event.plan))
             case Metrics():
                 self._metrics(event)
             case Result():
