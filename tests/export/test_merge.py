@@ -47,6 +47,17 @@ def test_the_base_and_its_configuration_are_only_read(tmp_path):
     assert (report.dtype, report.r, report.verdicts) == ("bfloat16", None, ())
 
 
+def test_logits_of_a_tied_and_of_a_16_bit_base_are_compared_with_its_own_type(tmp_path):
+    model, _ = trained("gpt2", ranks=(2, 5))
+    save_native(model, tmp_path / "native")
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        base = ARCHITECTURES["gpt2"].build().to(dtype)
+        options = {"layout": "merged", "base": base, "batch": ARCHITECTURES["gpt2"].batch()}
+        report = export_folder(tmp_path / "native", tmp_path / str(dtype), **options)
+        assert 0 < report.logit_error < bound
+        assert report.dtype == str(dtype).removeprefix("torch.")
+
+
 def test_logits_of_merged_weights_are_compared_on_a_fresh_base(tmp_path):
     model, plan = trained("gpt2", ranks=(2, 5))
     architecture = ARCHITECTURES["gpt2"]
@@ -76,16 +87,16 @@ def test_a_checkpoint_merges_with_its_base_model_only(tmp_path):
     architecture = ARCHITECTURES["bert"]
     with pytest.raises(ExportError, match="need the base model"):
         export_folder(tmp_path / "native", tmp_path / "m", layout="merged")
-    report = export_folder(
-        tmp_path / "native",
-        tmp_path / "m",
-        layout="merged",
-        base=architecture.build(),
-        fresh=architecture.build(),
-        batch=architecture.batch(),
-        plan=plan,
-    )
-    assert report.logit_error < 1e-5
+    base = architecture.build()
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    options = {"layout": "merged", "base": base, "batch": architecture.batch(), "plan": plan}
+    report = export_folder(tmp_path / "native", tmp_path / "m", **options)
+    assert 0 < report.logit_error < 1e-5
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
+    rounded = export_folder(tmp_path / "native", tmp_path / "h", dtype="bfloat16", **options)
+    assert rounded.logit_error is None
+    assert any("rounding the whole base model" in note for note in rounded.notes)
     with pytest.raises(ExportError, match="not in the base model"):
         export_folder(tmp_path / "native", tmp_path / "n", layout="merged", base=ARCHITECTURES["llama"].build())
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rankwise.errors import ExportError, VerificationError
 
@@ -22,19 +23,26 @@ __all__ = [
     "file_as_second_adapter",
     "left_as_found",
     "loaded_on_fresh",
-    "merged_logits",
 ]
 
 _SECOND_ADAPTER = "rankwise_written"
 
 
-def computed_logits(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
-    """The logits (or the last hidden state) in evaluation mode, without gradients or autocast, on the CPU."""
+def computed_logits(
+    model: nn.Module, batch: Mapping[str, object], tensors: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """The logits (or the last hidden state) in evaluation mode, without gradients or autocast, on the CPU.
+
+    Args:
+        model: left as found.
+        batch: keyword arguments of its forward.
+        tensors: parameters and buffers by name to compute with in place of the model's own.
+    """
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     with left_as_found(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         model.eval()
-        output = model(**inputs)
+        output = model(**inputs) if tensors is None else functional_call(model, _moved(tensors, device), (), inputs)
     for field in ("logits", "last_hidden_state"):
         found = getattr(output, field, None)
         if isinstance(found, Tensor):
@@ -79,13 +87,10 @@ def loaded_on_fresh(base: nn.Module, folder: Path, batch: Mapping[str, object]) 
     return computed_logits(loaded, batch)
 
 
-def merged_logits(fresh: nn.Module, tensors: Mapping[str, Tensor], batch: Mapping[str, object]) -> Tensor:
-    """The logits of a fresh base model with merged weights, which it keeps."""
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        fresh.to(dtypes.pop())
-    fresh.load_state_dict(dict(tensors))
-    return computed_logits(fresh, batch)
+def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on the device; names that share one tensor still share one."""
+    moved = {id(tensor): tensor.to(device) for tensor in tensors.values()}
+    return {name: moved[id(tensor)] for name, tensor in tensors.items()}
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class MergedWeights:
         worst_layer: the layer behind `rounding`.
         dtype: of the merged layers.
         layers: how many layers were merged.
+        rounds_base: whether the dtype is narrower than the base model's own.
     """
 
     tensors: Mapping[str, Tensor]
@@ -40,6 +41,7 @@ class MergedWeights:
     worst_layer: str
     dtype: torch.dtype
     layers: int
+    rounds_base: bool
 
     @property
     def half(self) -> bool:
@@ -91,8 +93,9 @@ def merge_weights(folded: FoldedAdapter, base: nn.Module, dtype: torch.dtype | N
             target = dtype if dtype is not None and source.is_floating_point() else source.dtype
             copies[mark] = source.detach().to(device="cpu", dtype=target, copy=True)
         tensors[key] = copies[mark]
-    stored = next((tensors[key].dtype for key in owners), dtype or torch.float32)
-    return MergedWeights(tensors, *worst, stored, len(layers))
+    kept = next((key for key in owners), next(iter(sources)))
+    rounds = tensors[kept].dtype.itemsize < sources[kept].dtype.itemsize
+    return MergedWeights(tensors, *worst, dtype=tensors[kept].dtype, layers=len(layers), rounds_base=rounds)
 
 
 def _plain_layer(base: nn.Module, name: str, folded: FoldedAdapter) -> LinearLayer:

@@ -17,7 +17,7 @@ from rankwise.export.consumers import ConsumerVerdict, consumers_of, refuse_cons
 from rankwise.export.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, number, split_tensors
 from rankwise.export.fold import FoldedAdapter, base_module_names, fold, fold_folder
 from rankwise.export.layouts import Layout, build, check_layout, smallest_vllm_rank
-from rankwise.export.live import adapter_on_base, computed_logits, merged_logits
+from rankwise.export.live import adapter_on_base, computed_logits
 from rankwise.export.merge import merge_weights, save_merged, verify_merged
 from rankwise.export.staging import (
     ExtraFiles,
@@ -121,7 +121,8 @@ def export_adapter(
         extra_files: more files for the folder: text, bytes, or the path of a file to copy, by relative name.
         plan: the rank plan; its layers of rank 0 are written as zeros by `uniform`; the trained ranks are held to it.
         adapter_name: which adapter of the model.
-        fresh: an unadapted base model of its own to load the file on, in place of the live base.
+        fresh: an unadapted base model of its own to load the file on, in place of the live base; `merged` compares
+            logits only with one.
         overwrite: whether files of an adapter that is already there may be replaced.
         failed_folder: where the staged folder is kept if it is not the trained adapter; None discards it.
 
@@ -198,11 +199,13 @@ def export_folder(
         batch = None  # stock PEFT on the base knows nothing of gates, offsets and boosters
         folded = replace(folded, notes=(*folded.notes, "logits were not compared: the method's state is folded."))
     with ExitStack() as stack:
-        compared = base is not None and batch is not None
-        model = stack.enter_context(adapter_on_base(base, source)) if base is not None and compared else None
+        model = None
+        if base is not None and batch is not None:
+            model = stack.enter_context(adapter_on_base(base, source))
         reference = None if model is None or batch is None else computed_logits(model, batch)
         if job.layout == "merged":
-            return _write_merged(job, folded, base, fresh, batch, reference)
+            stack.close()  # the base carries the merged weights next
+            return _write_merged(job, folded, base, fresh or base, batch, reference)
 
         def check(stage: Path) -> Verification:
             return verify(stage, folded, model, batch, fresh, consumers=job.consumers, reference=reference)
@@ -320,28 +323,29 @@ def _write_merged(
     job: _Job,
     folded: FoldedAdapter,
     base: nn.Module | None,
-    fresh: nn.Module | None,
+    plain: nn.Module | None,
     batch: Batch | None,
     reference: Tensor | None,
 ) -> ExportReport:
+    """`plain` is an unadapted base model: it computes with the merged weights, and keeps its own."""
     if base is None:
         raise ExportError("merged weights need the base model; give it (--base), or export layout uniform.")
     if job.consumers and set(job.consumers) != {"merged"}:
         raise ConfigError(f"layout merged writes no adapter; it cannot be checked for {', '.join(job.consumers)}.")
     merged = merge_weights(folded, base, job.dtype)
-    model = base
+    model, notes = base, folded.notes + merged.notes
+    if reference is not None and merged.rounds_base:
+        reference = None
+        notes += (f"logits were not compared: rounding the whole base model to {merged.dtype} changes them too.",)
 
     def check(stage: Path) -> float | None:
         verify_merged(stage, merged, {name for name, layer in folded.layers.items() if layer.rank})
-        if fresh is None or batch is None or reference is None:
+        if plain is None or batch is None or reference is None:
             return None
-        return compare_logits(stage, merged_logits(fresh, merged.tensors, batch), reference, half=merged.half)
+        return compare_logits(stage, computed_logits(plain, batch, merged.tensors), reference, half=merged.half)
 
     logit_error, sizes = _stage(job, lambda stage: save_merged(merged, model, stage), check)
-    return _report(
-        job, folded, sizes, dtype=merged.dtype, layers=merged.layers, logit_error=logit_error,
-        notes=(*folded.notes, *merged.notes),
-    )  # fmt: skip
+    return _report(job, folded, sizes, dtype=merged.dtype, layers=merged.layers, logit_error=logit_error, notes=notes)
 
 
 def _stage(
