@@ -28,7 +28,7 @@ _SHOWN = 5
 def save_native(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does: own ranks, exact dtype, nothing folded.
 
-    A training checkpoint, not a serving file: most servers mis-scale uneven ranks (docs/export.md).
+    A training checkpoint, not a serving file: most servers mis-scale uneven ranks (docs/export-contract.md).
 
     Raises:
         ModelError: the model is not a PEFT model with this adapter.

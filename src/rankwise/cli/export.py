@@ -22,7 +22,8 @@ def command(
         typer.Option("--for", help="peft, vllm, sglang, tgi, gguf, ollama, mlx or merged: picks the layout that fits."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default that of the source.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; by default float32, for merged weights that of the base."),
     ] = None,
     base_model: Annotated[
         str | None,

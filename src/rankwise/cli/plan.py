@@ -1,5 +1,6 @@
 """`rankwise plan`: see what a run would spend and where, before paying for it."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -29,17 +30,25 @@ def command(
     if output is not None and output.exists():
         raise OutputError(f"{output} exists: plans are not overwritten; remove it or name another file")
     from rankwise.workflows.config import load_config
+    from rankwise.workflows.events import CostReady, Event
     from rankwise.workflows.plan import plan
 
     run = load_config(config, settings or [])
+    cost: dict[str, float | int] = {}
     with Drawing(quiet=quiet or as_json, draw_plan=False) as draw:
-        made = plan(run, draw)
+
+        def listen(event: Event) -> None:
+            if isinstance(event, CostReady):
+                cost.update(event.cost)
+            draw(event)
+
+        made = plan(run, listen)
     if output is not None:
         made.save(output)
         draw.console.print(f"wrote {output}; edit the ranks and train with: rankwise train {config} --plan {output}")
     if as_json:
-        typer.echo(made.to_json())
+        typer.echo(json.dumps({"plan": json.loads(made.to_json()), "cost": cost}, indent=2))
     else:
         from rankwise.cli import render
 
-        output_console().print(render.plan_view(made))
+        output_console().print(render.plan_view(made), render.cost_view(cost))

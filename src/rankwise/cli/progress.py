@@ -22,6 +22,7 @@ from rich.text import Text
 
 from rankwise.cli import render
 from rankwise.workflows.events import (
+    CostReady,
     Event,
     Metrics,
     Note,
@@ -103,6 +104,8 @@ class Drawing:
                     self._above_bars(render.plan_summary(event.plan))
             case Metrics():
                 self._metrics(event)
+            case CostReady():
+                pass  # the verb that asked shows it with the plan
             case Result():
                 self._stop_bars()
 

@@ -13,11 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.cli.render_plan import frameless, plan_summary, plan_view
+from rankwise.cli.render_plan import cost_view, frameless, plan_summary, plan_view
 from rankwise.report.words import facts, figure, plain, with_verification
 
 __all__ = [
     "audit_view",
+    "cost_view",
     "demo_view",
     "export_view",
     "health_view",

@@ -11,9 +11,9 @@ from rich.text import Text
 from rankwise.ranks.plan import LayerPlan, RankPlan
 from rankwise.report.grid import Panel, arrange, headings
 from rankwise.report.summary import kind_shares, rank_sentence
-from rankwise.report.words import figure
+from rankwise.report.words import duration, figure
 
-__all__ = ["BudgetLine", "HeatMap", "RankTable", "frameless", "plan_summary", "plan_view"]
+__all__ = ["BudgetLine", "HeatMap", "RankTable", "cost_view", "frameless", "plan_summary", "plan_view"]
 
 _FOLD_ABOVE = 48
 """Layers that a table shows one by one."""
@@ -55,6 +55,33 @@ def plan_view(plan: RankPlan) -> RenderableType:
     hint = [Text(f"{len(plan.layers)} layers by kind; --json or --output lists each.", style="dim")] if folded else []
     notes = [Text(f"note: {note}") for note in plan.notes]
     return Group(head, plan_summary(plan), Text(), table, *hint, *notes)
+
+
+def cost_view(cost: Mapping[str, float | int]) -> RenderableType:
+    """What a plan will take on this machine: memory at the peak of a step, its parts, and the time of training.
+
+    Args:
+        cost: `RunCost.to_dict()`.
+    """
+    parts = ("model", "gradient", "optimizer", "activation")
+    told = ", ".join(f"{part} {_size(cost[f'{part}_bytes'])}" for part in parts)
+    step = cost["micro_batches"] * cost["micro_batch_seconds"] + cost["optimizer_seconds"]
+    return Group(
+        Text.assemble(("Memory of a step  ", "bold"), f"{_size(cost['memory_bytes'])} ({told})"),
+        Text.assemble(
+            ("Time of training  ", "bold"),
+            f"{duration(cost['seconds'])} for {cost['steps']:,} steps of {figure(step, 2)} s, measured here; "
+            "calibration, evaluation and saving come on top",
+        ),
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{figure(count, 3)} {unit}"
+        count /= 1000
+    return f"{figure(count, 3)} GB"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Literal
 from rankwise.ranks.plan import RankPlan
 
 __all__ = [
+    "CostReady",
     "Event",
     "Listener",
     "Metrics",
@@ -78,6 +79,13 @@ class PlanReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostReady:
+    """What the plan will cost on this machine, as `RunCost.to_dict()` says it."""
+
+    cost: Mapping[str, float | int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
     """One logging event of training or evaluation, as written to metrics.jsonl."""
 
@@ -93,7 +101,7 @@ class Result:
     report: Path | None = None
 
 
-Event = PhaseStarted | PhaseProgress | PhaseDone | Note | PlanReady | Metrics | Result
+Event = PhaseStarted | PhaseProgress | PhaseDone | Note | PlanReady | CostReady | Metrics | Result
 Listener = Callable[[Event], None]
 
 

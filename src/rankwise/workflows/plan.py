@@ -2,7 +2,8 @@
 
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
-from rankwise.workflows.events import Listener, Note, PlanReady, ignore
+from rankwise.workflows.cost import measure_cost
+from rankwise.workflows.events import CostReady, Listener, Note, PlanReady, ignore
 from rankwise.workflows.job import Phases, attach_options, calibration, calibration_total, load_job
 from rankwise.workflows.quiet import quiet_libraries
 from rankwise.workflows.run_folder import CALIBRATION_FILE
@@ -11,7 +12,7 @@ __all__ = ["plan"]
 
 
 def plan(config: RunConfig, listener: Listener = ignore) -> RankPlan:
-    """The ranks that `train` would give this run; nothing is trained or written.
+    """The ranks that `train` would give this run, and what it would cost; nothing is trained or written.
 
     Args:
         config: the run file.
@@ -33,7 +34,10 @@ def plan(config: RunConfig, listener: Listener = ignore) -> RankPlan:
             total = calibration_total(job)
             with phases.phase("calibration", "Reading gradients", total=total, unit="batch"):
                 made = make_plan(job.model, calibration=source, **attach_options(job))
-    for note in made.notes:
-        listener(Note(text=note))
-    listener(PlanReady(plan=made))
+        for note in made.notes:
+            listener(Note(text=note))
+        listener(PlanReady(plan=made))
+        with phases.phase("cost", "Measuring a step"):
+            cost = measure_cost(job, made)
+    listener(CostReady(cost=cost.to_dict()))
     return made
