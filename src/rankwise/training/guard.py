@@ -252,12 +252,13 @@ class Guard:
         )
 
     def _movement(self) -> dict[str, bool]:
-        moved = dict(self._moved)
+        """Which layers' factors were ever seen to differ from the start."""
         for name, (lora_A, lora_B) in self._start.items():
             layer = self._layers[name]
-            same = torch.equal(_copy(layer.lora_A), lora_A) and torch.equal(_copy(layer.lora_B), lora_B)
-            moved[name] = moved.get(name, False) or not same
-        return moved
+            if not self._moved.get(name, False):
+                same = torch.equal(_copy(layer.lora_A), lora_A) and torch.equal(_copy(layer.lora_B), lora_B)
+                self._moved[name] = not same
+        return dict(self._moved)
 
     def _check_movement(self, step: int) -> None:
         moved = self._movement()
