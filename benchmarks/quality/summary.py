@@ -127,8 +127,9 @@ def _comparisons(records: Sequence[Record]) -> str:
         )
     lines += [
         "",
-        f"Paired bootstrap over the 10,000 test rows and the seeds, {RESAMPLES:,} draws. `better` and `worse` need both "
-        "metrics to agree, with intervals that leave out 0; with one seed an interval knows nothing of the seed's luck.",
+        f"Paired bootstrap over the 10,000 test rows and the seeds, {RESAMPLES:,} draws. `better` and `worse` need "
+        "both metrics to agree, with intervals that leave out 0; with one seed an interval knows nothing of that "
+        "seed's luck.",
     ]
     return "\n".join(lines)
 

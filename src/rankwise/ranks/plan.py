@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 from rankwise.errors import PlanError
 from rankwise.ranks import plan_file
@@ -117,7 +116,7 @@ class RankPlan:
         importance: Sequence[float] | None = None,
         reasons: Sequence[str] | None = None,
         notes: Sequence[str] = (),
-    ) -> Self:
+    ) -> "RankPlan":
         """A plan from layers and their ranks; the budget defaults to a uniform LoRA of rank `r` on these layers."""
         layers = tuple(
             LayerPlan(
@@ -171,7 +170,7 @@ class RankPlan:
         rank = self[name].rank
         return self.scaling_rule.scaling(self.lora_alpha, rank, self.r) if rank else 0.0
 
-    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+    def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
         """The plan with other ranks for the named layers.
 
         Raises:
@@ -224,7 +223,7 @@ class RankPlan:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str = "plan") -> Self:
+    def from_json(cls, text: str, source: str = "plan") -> "RankPlan":
         """The plan that `text` holds.
 
         Args:
@@ -259,7 +258,7 @@ class RankPlan:
         staged.replace(target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "RankPlan":
         """The plan in a file.
 
         Raises:
