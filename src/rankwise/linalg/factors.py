@@ -83,7 +83,7 @@ def regress_dense_on_rows(matrix: Float[Tensor, "*b m n"], rows: Float[Tensor, "
 
 
 def stack(
-    parts: Sequence[tuple[Float[Tensor, "r_i n"], Float[Tensor, "m r_i"], float]],
+    parts: Sequence[tuple[Float[Tensor, "_ n"], Float[Tensor, "m _"], float]],
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
     """One pair of factors, of scaling 1, whose product is the sum of the parts' updates.
 
