@@ -112,7 +112,7 @@ def classification(tmp_path: Path, bert: Path) -> MakeConfig:
 @pytest.fixture
 def causal(tmp_path: Path, llama: Path) -> MakeConfig:
     """The same over the tiny Llama."""
-    train = write_rows(tmp_path / "train.jsonl", [{"text": row["text"]} for row in colored(48)])
+    train = write_rows(tmp_path / "texts.jsonl", [{"text": row["text"]} for row in colored(48)])
 
     def make(**changes: Any) -> RunConfig:
         data = {"train": train, "validation": 0.25, "max_length": 16} | changes.pop("data", {})

@@ -85,6 +85,10 @@ def test_every_fault_of_a_file_is_reported_at_once_in_its_order_with_its_line(wr
         ("modules_to_save: head", "modules_to_save: expected a list, got 'head'"),
         ("training: {learning_rate: 0}", "training.learning_rate: expected a number above 0, got 0"),
         ("training: {max_steps: many}", "training.max_steps: expected a whole number, got 'many'"),
+        (
+            "training: {max_steps: 0}",
+            "training.max_steps: a run makes at least 1 step; -1 leaves it to num_train_epochs",
+        ),
         ("training: 3", "training: expected keys of its own, got 3"),
         ("gora: {gamma: -1}", "gora.gamma: -1"),
         ("gora: {rank_mode: best}", "gora.rank_mode: expected one of exact, paper or official, got 'best'"),

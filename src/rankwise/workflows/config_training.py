@@ -10,7 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic_core import PydanticCustomError
 
 __all__ = ["DEFAULTS", "OWNED", "RENAMED", "training_schema"]
 
@@ -127,9 +128,15 @@ def training_schema(task: str) -> type[BaseModel]:
             continue
         hint = _RANGES.get(name, _strict_hint(hints[name]))
         fields[name] = (hint | None if name not in _RANGES else hint, None)
-    fields["max_steps"] = (Annotated[int, Field(ge=-1)], None)
+    fields["max_steps"] = (Annotated[int, Field(ge=-1), AfterValidator(_some_steps)], None)
     config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     return create_model("TrainingSection", __config__=config, **fields)
+
+
+def _some_steps(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("steps", "a run makes at least 1 step; -1 leaves it to num_train_epochs")
+    return value
 
 
 def _strict_hint(hint: Any) -> Any:

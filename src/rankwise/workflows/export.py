@@ -81,13 +81,14 @@ def export(
 
 def _layout(layout: str | None, consumer: str | None) -> Any:
     """The layout that was asked for, or the one that serves the consumer."""
+    from rankwise.export.consumers import consumer_layout
+
     if layout is not None and layout not in _LAYOUTS:
         raise ConfigError(f"layout: {layout!r} is not one of {', '.join(_LAYOUTS)}")
-    if consumer == "merged":
-        if layout not in (None, "merged"):
-            raise ConfigError(f"layout: --for merged writes merged weights, and --layout asks for {layout}; give one")
-        return "merged"
-    return layout or "uniform"
+    fitting = "uniform" if consumer is None else consumer_layout(consumer)
+    if fitting == "merged" and layout not in (None, "merged"):
+        raise ConfigError(f"layout: --for merged writes merged weights, and --layout asks for {layout}; give one")
+    return layout or fitting
 
 
 def _adapter_folder(source: Path, listener: Listener) -> Path:
@@ -135,7 +136,8 @@ def _load_base(folder: Path, base_model: str | None) -> "PreTrainedModel":
         model: PreTrainedModel = kind.from_pretrained(name, **options)
     except Exception as error:
         raise ModelError(f"--base: cannot load {name}: {' '.join(str(error).split())[:400]}") from error
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call, unused-ignore]
+    return model
 
 
 def _label_names(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Causal language modeling: TRL formats, tokenizes, masks and packs; rankwise counts what came through."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ def _by_trl(
     try:
         trainer = SFTTrainer(
             model=model,
-            args=sft_arguments(config, evaluates=False, **keys),
+            # A trainer makes its output folder; the run's is not to be touched before everything is checked.
+            args=sft_arguments(config, evaluates=False, output_dir=tempfile.gettempdir(), **keys),
             train_dataset=rows["train"],
             eval_dataset=held or None,
             processing_class=tokenizer,

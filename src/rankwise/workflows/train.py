@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import HealthError, TrainingInterrupted, VerificationError
+from rankwise.errors import CheckpointError, HealthError, TrainingInterrupted, VerificationError
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
 from rankwise.workflows.events import Listener, Note, PlanReady, Result, ignore
@@ -93,6 +93,8 @@ def _session(job: Job, claimed: Claim, given: RankPlan | None, phases: Phases, s
     from rankwise.training.state import resume
 
     listener = phases.listener
+    if claimed.previous is not None:
+        _same_data(job, claimed.previous)
     if claimed.checkpoint is not None:
         with phases.phase("resume", f"Going on from {claimed.checkpoint.name}"):
             session = resume(job.model, claimed.checkpoint)
@@ -118,6 +120,17 @@ def _session(job: Job, claimed: Claim, given: RankPlan | None, phases: Phases, s
     return session
 
 
+def _same_data(job: Job, previous: Mapping[str, Any]) -> None:
+    """A run goes on with the rows that it began with."""
+    for part, source in job.data.sources.items():
+        before = previous.get("data", {}).get(part, {}).get("sha256")
+        if before != source.sha256:
+            raise CheckpointError(
+                f"data.{part}: {source.source} is not what the run began with (SHA-256 {source.sha256[:16]}..., then "
+                f"{str(before)[:16]}...); put the data back, or start a run in another output_dir"
+            )
+
+
 class _Run:
     """One run from its first written byte to its report."""
 
@@ -132,7 +145,7 @@ class _Run:
 
     def through(self, stop: "StopRequest", scratch: Path) -> TrainResult:
         """Training, evaluation, export and report; the manifest always says how far it came."""
-        trainer = make_trainer(self.job, self.session)
+        trainer = self._trainer()
         self._begin(scratch)
         recorder = Recorder(self.folder, self.listener, step=self.session.step)
         trainer.add_callback(self.session.callback(on_event=recorder, stop=stop))
@@ -155,6 +168,16 @@ class _Run:
             raise
         except BaseException as error:
             self._status("failed", f"{type(error).__name__}: {error}")
+            raise
+
+    def _trainer(self) -> Any:
+        """The trainer; transformers makes the output folder for it, which goes again if the trainer is refused."""
+        existed = self.folder.exists()
+        try:
+            return make_trainer(self.job, self.session)
+        except BaseException:
+            if not existed and self.folder.is_dir():
+                self.folder.rmdir()
             raise
 
     def _begin(self, scratch: Path) -> None:

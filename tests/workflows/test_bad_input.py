@@ -1,0 +1,154 @@
+"""Bad input is one clear message before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rankwise.errors import BudgetError, ConfigError, DataError, ModelError, PlanError, RankwiseError, TargetError
+from rankwise.workflows.plan import plan
+from rankwise.workflows.train import train
+from tests.workflows.conftest import MakeConfig, colored, make_model, make_tokenizer, write_rows
+
+
+def refused(make: MakeConfig, error: type[RankwiseError], message: str, **changes: Any) -> None:
+    """The run is refused with exit code 2, and its folder is never made."""
+    plan_file = changes.pop("plan_file", None)
+    config = make(**changes)
+    with pytest.raises(error, match=message) as caught:
+        train(config, plan_file=plan_file)
+    assert caught.value.exit_code == 2
+    assert not config.folder.exists()
+
+
+def test_a_model_path_that_does_not_exist(classification: MakeConfig, tmp_path: Path) -> None:
+    refused(classification, ModelError, "does not exist; give a local folder or a hub id", model=str(tmp_path / "no"))
+
+
+def test_a_folder_that_holds_no_model(classification: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(classification, ModelError, "holds no config.json", model=str(tmp_path / "empty"))
+
+
+def test_a_hub_id_that_cannot_be_fetched(classification: MakeConfig) -> None:
+    refused(classification, ModelError, "cannot load the tokenizer of nobody/nothing", model="nobody/nothing")
+
+
+def test_a_data_path_that_does_not_exist(classification: MakeConfig) -> None:
+    refused(classification, DataError, "data.train: none.jsonl does not exist", data={"train": "none.jsonl"})
+
+
+def test_empty_data(classification: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(classification, DataError, "is empty", data={"train": str(tmp_path / "empty.jsonl")})
+
+
+def test_missing_columns(classification: MakeConfig, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"body": "a"}])
+    refused(classification, DataError, "it has body", data={"train": path})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_labels_that_are_all_masked(causal: MakeConfig, tmp_path: Path, packing: bool) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1 w2 w3 w4 w5", "completion": " red"}] * 8)
+    data = {"train": path, "validation": None, "max_length": 4, "packing": packing}
+    refused(causal, DataError, "data.train: every label of the 8 rows is masked", data=data)
+
+
+def test_conversations_without_a_chat_template(causal: MakeConfig, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "w1"}]}] * 4)
+    refused(causal, DataError, "has no chat template; set data.chat_template_path", data={"train": path})
+
+
+def test_rows_that_trl_cannot_format(causal: MakeConfig, tmp_path: Path) -> None:
+    data = {"assistant_only_loss": True}
+    refused(causal, DataError, "TRL cannot prepare the rows", data=data)
+
+
+def test_a_target_pattern_that_matches_nothing(classification: MakeConfig) -> None:
+    refused(classification, TargetError, "quary", target_modules=["quary"])
+
+
+def test_an_explicit_rank_above_a_layers_size(classification: MakeConfig) -> None:
+    refused(classification, BudgetError, "r: 64 is above the size of layer", method="lora", r=64, gora={})
+
+
+def test_a_budget_below_one_rank_a_layer(classification: MakeConfig) -> None:
+    refused(classification, BudgetError, "r_min|budget", r=1, gora={"r_min": 2, "r_max": 4})
+
+
+def test_a_plan_file_for_another_model(classification: MakeConfig, causal: MakeConfig, tmp_path: Path) -> None:
+    plan(causal(method="lora")).save(tmp_path / "plan.json")
+    refused(classification, PlanError, "plan", plan_file=tmp_path / "plan.json")
+
+
+def test_a_damaged_plan_file(classification: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"format": "rankwise-plan"')
+    refused(classification, PlanError, "plan.json", plan_file=tmp_path / "plan.json")
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    folder = tmp_path / "damaged"
+    make_model("bert", folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("key", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"])
+def test_nan_in_the_base_weights(classification: MakeConfig, damaged: Path, key: str) -> None:
+    weights = load_file(damaged / "model.safetensors")
+    weights[key][3, 5] = float("nan")
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    refused(classification, ModelError, f"1 weights of .* hold NaN or infinite values: bert.{key}", model=str(damaged))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, 0.5, 0.999])
+def test_a_truncated_safetensors_file(classification: MakeConfig, damaged: Path, kept: float) -> None:
+    path = damaged / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
+    refused(classification, ModelError, r"model.safetensors is corrupt or cut off", model=str(damaged))
+
+
+def test_a_model_that_lacks_weights(classification: MakeConfig, damaged: Path) -> None:
+    weights = load_file(damaged / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    refused(classification, ModelError, "lack 1 weights of BertForSequenceClassification", model=str(damaged))
+
+
+def test_rows_longer_than_the_model_can_read_are_an_error_only_when_asked_for(
+    classification: MakeConfig, tmp_path: Path
+) -> None:
+    message = "data.max_length: 512 is more than the 64 positions"
+    refused(classification, ConfigError, message, data={"max_length": 512})
+    rows = [{"text": "w1 " * 100 + row["text"], "label": row["label"]} for row in colored(16)]
+    path = write_rows(tmp_path / "long.jsonl", rows)
+    config = classification(method="lora", training={"max_steps": 2})
+    data = config.data.model_dump(exclude={"max_length"}) | {"train": path, "test": None}
+    config = type(config).model_validate(config.to_dict() | {"data": data})
+    notes: list[str] = []
+    train(config, lambda event: notes.append(getattr(event, "text", "")))
+    assert "rows are read up to the model's 64 positions" in notes
+    assert "train: 16 of 16 rows (100.0%) cut at 64 tokens" in notes
+
+
+def test_an_argument_that_the_library_refuses(classification: MakeConfig) -> None:
+    refused(classification, ConfigError, "training: ", training={"save_strategy": "best"})
+
+
+def test_a_run_that_is_all_warm_up(classification: MakeConfig) -> None:
+    message = "training.warmup_steps: 0.03 makes 1 warm-up steps of the run's 1"
+    refused(classification, ConfigError, message, method="lora", training={"max_steps": 1})
+
+
+def test_the_library_state_is_put_back_after_a_refusal(classification: MakeConfig) -> None:
+    from transformers.utils import logging
+
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_rng_state())
+    refused(classification, TargetError, "quary", target_modules=["quary"], method="lora")
+    assert before[:2] == (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    assert torch.equal(before[2], torch.get_rng_state())

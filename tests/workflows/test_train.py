@@ -1,0 +1,340 @@
+"""The whole job on tiny models: a run leaves one verified adapter, says everything about itself, and can go on."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rankwise.errors import CheckpointError, HealthError, OutputError, TrainingInterrupted
+from rankwise.ranks.plan import RankPlan
+from rankwise.workflows.config import RunConfig
+from rankwise.workflows.events import Event, Metrics, PhaseProgress, PhaseStarted, PlanReady, Result
+from rankwise.workflows.plan import plan
+from rankwise.workflows.train import train
+from tests.workflows.conftest import CHAT_TEMPLATE, MakeConfig, colored, write_rows
+
+FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.safetensors", "checkpoint-4",
+    "checkpoint-6", "health.json", "metrics.jsonl", "plan.json", "ranks.jsonl", "rankwise.json", "report.html",
+    "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing is cleaned up by whoever sees only ordinary errors."""
+
+
+def killing_at(step: int) -> Callable[[Event], None]:
+    def listener(event: Event) -> None:
+        if isinstance(event, PhaseProgress) and event.phase == "training" and event.done == step:
+            raise Killed
+
+    return listener
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_equal_adapters(first: Path, second: Path) -> None:
+    one, two = adapter(first), adapter(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_classification_run_leaves_a_folder_that_says_everything(classification: MakeConfig, bert: Path) -> None:
+    config = classification()
+    events: list[Event] = []
+    result = train(config, events.append)
+    folder = result.folder
+    assert {path.name for path in folder.iterdir()} == FILES
+    manifest = json.loads((folder / "rankwise.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["config"] == config.to_dict()
+    assert manifest["config_hash"] == config.hash()
+    assert manifest["label_names"] == ["blue", "red"]
+    assert manifest["data"]["train"]["rows"] == 48
+    assert manifest["data"]["train"]["labels"] == 48
+    assert manifest["budget"]["used"] <= manifest["budget"]["parameters"]
+    assert manifest["calibration"]["batches"] == 2
+    assert manifest["export"]["verification"]["logit_error"] < 1e-5
+    assert manifest["result"] == dict(result.figures)
+    assert set(manifest["timings"]) >= {"data", "model", "calibration", "training", "evaluation", "export", "report"}
+    health = json.loads((folder / "health.json").read_text())
+    assert health["status"] == "passed"
+    assert {check["id"] for check in health["checks"]} >= {"labels", "targets", "movement", "update", "export"}
+    written = lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in written if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert written[-1]["test_accuracy"] == result.figures["test_accuracy"]
+    assert [dict(event.values) for event in events if isinstance(event, Metrics)] == written
+    assert RankPlan.load(folder / "plan.json") == result.plan
+    assert [event.plan for event in events if isinstance(event, PlanReady)] == [result.plan]
+    assert isinstance(events[-1], Result)
+    card = (folder / "README.md").read_text()
+    assert "| 1 | red |" in card
+    assert "GoRA" in card
+    assert str(bert) in card
+
+
+def test_the_final_adapter_loads_in_stock_peft_and_computes_what_was_measured(
+    classification: MakeConfig, bert: Path
+) -> None:
+    result = train(classification())
+    with torch.random.fork_rng():
+        base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    model = PeftModel.from_pretrained(base, result.folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.folder)
+    rows = colored(12, start=100)
+    tokens = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**tokens).logits.argmax(-1)
+    right = [["blue", "red"][number] == row["label"] for number, row in zip(predicted.tolist(), rows, strict=True)]
+    assert sum(right) / len(right) == result.figures["test_accuracy"]
+
+
+def test_a_classification_learns_what_can_be_learned(classification: MakeConfig) -> None:
+    training = {"max_steps": 60, "save_steps": 60, "lr_scheduler_type": "constant"}
+    result = train(classification(training=training, r=4, lora_alpha=8.0, gora={"r_min": 1, "r_max": 8}))
+    assert result.figures["test_accuracy"] == 1.0
+    assert float(str(result.figures["majority_share"])) < 0.8
+
+
+def test_a_causal_run_trains_on_every_form_of_rows(causal: MakeConfig, tmp_path: Path, llama: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    forms = {
+        "prompts": ([{"prompt": "w1 w2", "completion": f" w{n % 5} red"} for n in range(24)], {}),
+        "chats": (
+            [
+                {"messages": [{"role": "w1", "content": "w2 w3"}, {"role": "w4", "content": f"w{n % 5}"}]}
+                for n in range(24)
+            ],
+            {"chat_template_path": str(template)},
+        ),
+    }
+    for name, (rows, data) in forms.items():
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        result = train(
+            causal(
+                data={"train": path, "validation": None, **data},
+                output_dir=str(tmp_path / name),
+                method="rora",
+                training={"max_steps": 2},
+            )
+        )
+        base = AutoModelForCausalLM.from_pretrained(llama)
+        assert PeftModel.from_pretrained(base, result.folder).peft_config["default"].r == 2
+
+
+def test_only_completions_are_learned_and_the_labels_are_counted(causal: MakeConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": "w1 w2 w3", "completion": " red blue"} for _ in range(10)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    result = train(causal(data={"train": path, "validation": None}, method="lora", training={"max_steps": 2}))
+    manifest = json.loads((result.folder / "rankwise.json").read_text())
+    assert manifest["data"]["train"]["labels"] == 10 * 3, "two words and the end of the text"
+
+
+def test_causal_evaluation_and_truncation_are_reported(causal: MakeConfig) -> None:
+    events: list[Event] = []
+    result = train(causal(data={"max_length": 4}, method="lora"), events.append)
+    assert result.figures["eval_loss"] > 0
+    assert 0 <= result.figures["eval_token_accuracy"] <= 1
+    told = [event.text for event in events if type(event).__name__ == "Note"]
+    assert "train: 36 of 36 rows (100.0%) cut at 4 tokens" in told
+
+
+def test_packed_rows_train_too(causal: MakeConfig) -> None:
+    result = train(causal(data={"packing": True, "max_length": 32}, method="gora", training={"max_steps": 2}))
+    assert result.health["status"] == "passed"
+
+
+def test_plan_gives_the_ranks_that_train_uses_and_writes_nothing(classification: MakeConfig) -> None:
+    config = classification()
+    events: list[Event] = []
+    made = plan(config, events.append)
+    assert not config.folder.exists()
+    assert [event.phase for event in events if isinstance(event, PhaseStarted)][-1] == "calibration"
+    assert train(config).plan.ranks == made.ranks
+
+
+def test_an_edited_plan_is_used(classification: MakeConfig, tmp_path: Path) -> None:
+    config = classification()
+    made = plan(config)
+    name = max(made.ranks, key=lambda layer: made.ranks[layer])
+    edited = made.ranks | {name: made.ranks[name] - 2}
+    made.with_ranks(edited).save(tmp_path / "plan.json")
+    assert train(config, plan_file=tmp_path / "plan.json").plan.ranks == edited
+
+
+@pytest.mark.parametrize("task", ["classification", "causal"])
+def test_a_run_that_is_cut_short_goes_on_as_if_nothing_had_happened(
+    request: pytest.FixtureRequest, tmp_path: Path, task: str
+) -> None:
+    make: MakeConfig = request.getfixturevalue(task)
+    whole = train(make(output_dir=str(tmp_path / "whole"), training={"max_steps": 5}, lora_dropout=0.1))
+    config = make(training={"max_steps": 5}, lora_dropout=0.1)
+    with pytest.raises(Killed):
+        train(config, killing_at(4))
+    events: list[Event] = []
+    again = train(config, events.append)
+    starts = {event.phase: event.done for event in events if isinstance(event, PhaseStarted)}
+    assert starts["training"] == 2
+    assert "calibration" not in starts
+    assert_equal_adapters(whole.folder, again.folder)
+    steps = [line["step"] for line in lines(again.folder / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_statistics(classification: MakeConfig) -> None:
+    config = classification()
+    with pytest.raises(Killed):
+        train(config, killing_at(1))
+    events: list[Event] = []
+    train(config, events.append)
+    (calibration,) = [event for event in events if type(event).__name__ == "PhaseDone" and event.phase == "calibration"]
+    assert calibration.detail == "kept from before"
+
+
+KILLED = """
+import os, signal, sys
+from rankwise.workflows.config import RunConfig
+from rankwise.workflows.events import PhaseProgress
+from rankwise.workflows.train import train
+
+def listener(event):
+    if isinstance(event, PhaseProgress) and event.phase == "training" and event.done == 5:
+        os.kill(os.getpid(), int(sys.argv[2]))
+
+train(RunConfig.model_validate_json(sys.argv[1]), listener)
+"""
+
+
+def run_and_signal(config: RunConfig, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-c", KILLED, json.dumps(config.to_dict()), str(int(number))]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_sigkill_and_the_same_call_again_end_bit_equal(classification: MakeConfig, tmp_path: Path) -> None:
+    whole = train(classification(output_dir=str(tmp_path / "whole")))
+    config = classification()
+    done = run_and_signal(config, signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert json.loads((config.folder / "rankwise.json").read_text())["status"] == "running"
+    again = train(config)
+    assert_equal_adapters(whole.folder, again.folder)
+
+
+def test_sigterm_saves_a_checkpoint_at_the_end_of_the_step(classification: MakeConfig) -> None:
+    config = classification(training={"save_steps": 100})
+
+    def listener(event: Event) -> None:
+        if isinstance(event, PhaseProgress) and event.phase == "training" and event.done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match="after step 4 of 6"):
+        train(config, listener)
+    assert (config.folder / "checkpoint-4").is_dir()
+    assert json.loads((config.folder / "rankwise.json").read_text())["status"] == "interrupted"
+    assert train(config, resume=True).figures["steps"] == 6
+
+
+def test_a_signal_before_the_first_step_saves_nothing(classification: MakeConfig) -> None:
+    config = classification()
+
+    def listener(event: Event) -> None:
+        if isinstance(event, PlanReady):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match="before the first step"):
+        train(config, listener)
+    assert not config.folder.exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_is_not_touched(classification: MakeConfig) -> None:
+    config = classification(method="lora", training={"max_steps": 2})
+    train(config)
+    before = {path.name: path.stat().st_mtime_ns for path in config.folder.iterdir()}
+    with pytest.raises(OutputError, match="holds a finished run; choose another output_dir"):
+        train(config)
+    assert {path.name: path.stat().st_mtime_ns for path in config.folder.iterdir()} == before
+
+
+def test_an_unfinished_run_of_another_config_is_not_touched(classification: MakeConfig) -> None:
+    with pytest.raises(Killed):
+        train(classification(), killing_at(3))
+    other = classification(training={"learning_rate": 1e-3})
+    with pytest.raises(OutputError, match=r"another config \(training.learning_rate: 0.005 there, 0.001 here\)"):
+        train(other)
+
+
+def test_files_of_others_are_not_touched(classification: MakeConfig) -> None:
+    config = classification()
+    config.folder.mkdir()
+    (config.folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match=r"holds files that are no rankwise run \(thesis.tex\)"):
+        train(config)
+    assert [path.name for path in config.folder.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_insists_on_something_to_go_on_from(classification: MakeConfig, tmp_path: Path) -> None:
+    config = classification()
+    with pytest.raises(CheckpointError, match="holds no run to go on from"):
+        train(config, resume=True)
+    with pytest.raises(Killed):
+        train(config, killing_at(3))
+    with pytest.raises(CheckpointError, match="is not a checkpoint of"):
+        train(config, resume=tmp_path / "elsewhere" / "checkpoint-2")
+    assert train(config, resume=config.folder / "checkpoint-2").figures["steps"] == 6
+
+
+def test_training_data_that_changed_is_refused_when_a_run_goes_on(classification: MakeConfig, tmp_path: Path) -> None:
+    config = classification()
+    with pytest.raises(Killed):
+        train(config, killing_at(3))
+    write_rows(tmp_path / "train.jsonl", colored(40))
+    with pytest.raises(CheckpointError, match=r"data.train: .*train.jsonl is not what the run began with"):
+        train(config)
+
+
+def test_a_run_that_breaks_says_so_in_its_manifest_and_is_no_success(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = classification(method="lora")
+    forward = torch.nn.CrossEntropyLoss.forward
+    calls = []
+
+    def broken(self: torch.nn.CrossEntropyLoss, *inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return forward(self, *inputs) * (float("nan") if len(calls) > 3 else 1.0)
+
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", broken)
+    with pytest.raises(HealthError, match="health check 'loss' failed"):
+        train(config)
+    manifest = json.loads((config.folder / "rankwise.json").read_text())
+    assert manifest["status"] == "failed"
+    assert "loss" in manifest["error"]
+    assert json.loads((config.folder / "health.json").read_text())["status"] == "failed"
+    assert (config.folder / "report.html").is_file()
+    assert not (config.folder / "adapter_model.safetensors").exists()
+
+
+def test_a_run_prints_nothing(classification: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    train(classification(method="lora", training={"max_steps": 2}))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
