@@ -209,14 +209,14 @@ def _stopper(job: Job) -> list[Any]:
 
 
 def tokenizer() -> Any:
-    """Words `0` to `63`, built on the spot."""
+    """Words `3` to `63` and three special tokens, built on the spot."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {str(number): number for number in range(64)}
-    core = Tokenizer(models.WordLevel(words, unk_token="0"))
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {str(number): number for number in range(3, 64)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0", bos_token="1", eos_token="2")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def kill_now() -> None:
