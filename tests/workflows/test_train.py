@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rankwise.errors import CheckpointError, HealthError, OutputError, TrainingInterrupted
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
-from rankwise.workflows.events import Event, Metrics, PhaseProgress, PhaseStarted, PlanReady, Result
+from rankwise.workflows.events import Event, Metrics, Note, PhaseProgress, PhaseStarted, PlanReady, Result
 from rankwise.workflows.plan import plan
 from rankwise.workflows.train import train
+from rankwise.workflows.trainer import _precision_kept
 from tests.workflows.conftest import CHAT_TEMPLATE, MakeConfig, colored, write_rows
 
 FILES = {
@@ -152,7 +153,7 @@ def test_causal_evaluation_and_truncation_are_reported(causal: MakeConfig) -> No
     result = train(causal(data={"max_length": 4}, method="lora"), events.append)
     assert result.figures["eval_loss"] > 0
     assert 0 <= result.figures["eval_token_accuracy"] <= 1
-    told = [event.text for event in events if type(event).__name__ == "Note"]
+    told = [event.text for event in events if isinstance(event, Note)]
     assert "train: 36 of 36 rows (100.0%) cut at 4 tokens" in told
 
 
@@ -166,7 +167,8 @@ def test_plan_gives_the_ranks_that_train_uses_and_writes_nothing(classification:
     events: list[Event] = []
     made = plan(config, events.append)
     assert not config.folder.exists()
-    assert [event.phase for event in events if isinstance(event, PhaseStarted)][-1] == "calibration"
+    assert "calibration" in [event.phase for event in events if isinstance(event, PhaseStarted)]
+    assert "training" not in [event.phase for event in events if isinstance(event, PhaseStarted)]
     assert train(config).plan.ranks == made.ranks
 
 
@@ -206,6 +208,42 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_statisti
     train(config, events.append)
     (calibration,) = [event for event in events if type(event).__name__ == "PhaseDone" and event.phase == "calibration"]
     assert calibration.detail == "kept from before"
+
+
+def test_a_run_killed_while_it_exports_ends_with_the_adapter_it_had_trained(
+    classification: MakeConfig, tmp_path: Path
+) -> None:
+    whole = train(classification(output_dir=str(tmp_path / "whole")))
+    config = classification()
+
+    def listener(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.phase == "export":
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, listener)
+    again = train(config)
+    assert_equal_adapters(whole.folder, again.folder)
+    assert again.figures == whole.figures | {"train_loss": again.figures["train_loss"]}
+
+
+def test_a_run_goes_on_with_the_ranks_it_began_with(classification: MakeConfig, tmp_path: Path) -> None:
+    config = classification(method="lora")
+    with pytest.raises(Killed):
+        train(config, killing_at(3))
+    made = plan(classification())
+    made.save(tmp_path / "plan.json")
+    with pytest.raises(CheckpointError, match="began with other ranks and goes on with them; leave --plan out"):
+        train(config, plan_file=tmp_path / "plan.json")
+
+
+def test_trainable_parameters_keep_their_precision_whatever_the_trainer_does() -> None:
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.data.clone()
+    with _precision_kept(model):
+        model.weight.data = model.weight.data.to(torch.bfloat16)
+    assert model.weight.dtype is torch.float32
+    assert torch.equal(model.weight.data, before)
 
 
 KILLED = """

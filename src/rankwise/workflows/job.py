@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from rankwise.training.attach import Calibration
 
-__all__ = ["TASK_TYPES", "Job", "Phases", "attach_options", "calibration", "calibration_total", "load_job"]
+__all__ = [
+    "TASK_TYPES",
+    "Job",
+    "Phases",
+    "attach_options",
+    "calibration",
+    "calibration_total",
+    "load_job",
+]
 
 TASK_TYPES: Mapping[str, str] = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 

@@ -26,9 +26,10 @@ class Recorder:
         folder: the run's output folder.
         listener: told of everything.
         step: the step that a continued run starts from; later lines of the file are cut off.
+        writes: False in all processes but the first, which are sent no events either.
     """
 
-    def __init__(self, folder: Path, listener: Listener, *, step: int = 0) -> None:
+    def __init__(self, folder: Path, listener: Listener, *, step: int = 0, writes: bool = True) -> None:
         self._path = folder / METRICS
         self._listener = listener
         self._detail = ""
@@ -38,7 +39,8 @@ class Recorder:
         """The last value of each figure that training or evaluation gave."""
         self.evaluated_at: int | None = None
         """The step of the last evaluation on the validation rows."""
-        self._keep_until(step)
+        if writes:
+            self._keep_until(step)
 
     @property
     def seconds(self) -> float:

@@ -24,7 +24,6 @@ from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_
 from rankwise.workflows.trainer import evaluate, make_trainer
 
 if TYPE_CHECKING:
-    from rankwise.export.write import ExportReport
     from rankwise.training.session import Session
     from rankwise.training.signals import StopRequest
 
@@ -98,6 +97,11 @@ def _session(job: Job, claimed: Claim, given: RankPlan | None, phases: Phases, s
     if claimed.checkpoint is not None:
         with phases.phase("resume", f"Going on from {claimed.checkpoint.name}"):
             session = resume(job.model, claimed.checkpoint)
+        if given is not None and given.ranks != session.plan.ranks:
+            raise CheckpointError(
+                f"--plan: {claimed.folder} began with other ranks and goes on with them; leave --plan out, or start a "
+                "run in another output_dir"
+            )
     else:
         kept = claimed.folder / CALIBRATION_FILE
         source = calibration(job, listener, kept if kept.is_file() else scratch / CALIBRATION_FILE)
@@ -147,7 +151,7 @@ class _Run:
         """Training, evaluation, export and report; the manifest always says how far it came."""
         trainer = self._trainer()
         self._begin(scratch)
-        recorder = Recorder(self.folder, self.listener, step=self.session.step)
+        recorder = Recorder(self.folder, self.listener, step=self.session.step, writes=not self._elsewhere)
         trainer.add_callback(self.session.callback(on_event=recorder, stop=stop))
         try:
             checkpoint = self.claimed.checkpoint
@@ -155,10 +159,9 @@ class _Run:
             self.phases.seconds["training"] = round(recorder.seconds, 3)
             with self.phases.phase("evaluation", "Evaluating"):
                 figures = evaluate(self.job, self.session, trainer, recorder)
-            with self.phases.phase("export", "Writing and verifying the adapter") as detail:
-                exported = self._export(figures, scratch)
-                detail.append(f"update error {exported.verification.update_error:.1e}" if exported.verification else "")
-            return self._finish(figures, exported)
+            if not self._elsewhere:
+                self._export(figures, scratch)
+            return self._finish(figures)
         except (TrainingInterrupted, KeyboardInterrupt):
             self._status("interrupted")
             raise
@@ -234,7 +237,8 @@ class _Run:
             "calibration": None if calibrated is None else asdict(calibrated),
         }
 
-    def _export(self, figures: Mapping[str, object], scratch: Path) -> "ExportReport":
+    def _export(self, figures: Mapping[str, object], scratch: Path) -> None:
+        """The final adapter, with its card and tokenizer; what was measured of it goes into the manifest."""
         job, session = self.job, self.session
         folder = scratch / "tokenizer"
         job.tokenizer.save_pretrained(folder)
@@ -249,22 +253,29 @@ class _Run:
         extra: dict[str, str | Path] = {"README.md": card}
         extra |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
         batch = {key: value.to(job.arguments.device) for key, value in job.prepared.sample().items()}
-        return session.export(
-            self.folder,
-            batch=batch,
-            extra_files=extra,
-            failed_folder=self.folder / "failed-adapter",
-            overwrite=True,
-        )
+        with self.phases.phase("export", "Writing and verifying the adapter") as detail:
+            exported = session.export(
+                self.folder,
+                batch=batch,
+                extra_files=extra,
+                failed_folder=self.folder / "failed-adapter",
+                overwrite=True,
+            )
+            if exported.verification is not None:
+                detail.append(f"update error {exported.verification.update_error:.1e}")
+        self.manifest["export"] = exported.to_dict()
 
-    def _finish(self, figures: Mapping[str, object], exported: "ExportReport") -> TrainResult:
+    def _finish(self, figures: Mapping[str, object]) -> TrainResult:
+        """The last files; the run counts as finished once its report is there."""
         health = self.session.health
-        health.save(self.folder / "health.json")
-        self.manifest |= {"result": dict(figures), "export": exported.to_dict()}
-        self._status("finished")
-        with self.phases.phase("report", "Writing the report"):
-            report = self._report()
-        self._status("finished")  # with the time of the report
+        report = self.folder / "report.html"
+        self.manifest["result"] = dict(figures)
+        if not self._elsewhere:
+            health.save(self.folder / "health.json")
+            self._status("finished")
+            with self.phases.phase("report", "Writing the report"):
+                report = self._report()
+            self._status("finished")  # with the time that the report took
         self.listener(Result(folder=self.folder, figures=figures, report=report))
         return TrainResult(
             folder=self.folder, figures=figures, report=report, health=health.to_dict(), plan=self.session.plan

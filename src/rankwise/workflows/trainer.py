@@ -1,5 +1,7 @@
 """The trainer of a run: transformers' Trainer for classification, TRL's SFTTrainer for causal-lm, both silent."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ConfigError
@@ -7,6 +9,7 @@ from rankwise.workflows.events import Listener, PhaseProgress
 from rankwise.workflows.job import Job
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from torch import Tensor
     from transformers import EvalPrediction, Trainer
@@ -44,7 +47,8 @@ def make_trainer(job: Job, session: "Session") -> "Trainer":
         if job.config.task == "causal-lm":
             from trl.trainer.sft_trainer import SFTTrainer
 
-            trainer = SFTTrainer(**options)
+            with _precision_kept(session.model):
+                trainer = SFTTrainer(**options)
         else:
             trainer = Trainer(
                 **options,
@@ -62,6 +66,16 @@ def make_trainer(job: Job, session: "Session") -> "Trainer":
         _check_warmup(job, steps)
         trainer.optimizer, trainer.lr_scheduler = session.optimizers(job.arguments, steps)  # type: ignore[assignment]
     return trainer
+
+
+@contextlib.contextmanager
+def _precision_kept(model: "torch.nn.Module") -> Iterator[None]:
+    """Trainable parameters stay as they are: TRL would round those on a quantized base to bfloat16."""
+    before = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name].to(parameter.device)
 
 
 def _check_warmup(job: Job, steps: int) -> None:
