@@ -62,3 +62,10 @@ def test_trainer_under_ddp_agrees_with_one_process_and_resumes_bit_equal(tmp_pat
     shutil.rmtree(two / "checkpoint-6")
     again, _ = run(workers.trainer, 2, two)
     assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+def test_fsdp2_agrees_with_one_process_and_the_guard_sees_through_the_shards(tmp_path: Path):
+    alone = run(workers.fsdp2_loop, 1, tmp_path / "one")[0]
+    first, second = run(workers.fsdp2_loop, 2, tmp_path / "two")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(alone, first)

@@ -96,3 +96,41 @@ def trainer(rank: int, world: int, port: int, folder: str) -> None:
 def _keep(session: Any, folder: str, rank: int, more: dict[str, torch.Tensor]) -> None:
     save_file({**factors(session), **more}, Path(folder) / f"final-{rank}.safetensors")
     (Path(folder) / f"plan-{rank}").write_text(session.plan.hash())
+
+
+def fsdp2_loop(rank: int, world: int, port: int, folder: str) -> None:
+    """A loop over parameters that FSDP2 shards; the last process's loss is NaN once, so that every pair sits out."""
+    from types import SimpleNamespace
+
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    join_world(rank, world, port)
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    session = new_session(Job(folder=folder, dropout=0.0))
+    for block in session.model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(session.model, mesh=mesh)
+    optimizer, scheduler = session.optimizers(SimpleNamespace(learning_rate=5e-3, lr_scheduler_type="constant"), STEPS)
+    session.begin(optimizer, STEPS)
+    tokens = Rows(rows=4 * STEPS).tokens.reshape(STEPS, 4, -1)
+    for step in range(1, STEPS + 1):
+        mine = tokens[step - 1].reshape(world, 4 // world, -1)[rank]
+        session.before_step(step)
+        loss = session.model(input_ids=mine, labels=mine).loss
+        (loss * float("nan") if step == POISONED_STEP and rank == world - 1 else loss).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        session.after_step(step)
+    session.end(STEPS)
+    assert session.health.status == "passed"
+    assert set(session.health.gradients.skipped().values()) == {1}
+    kept = {}
+    for name, layer in session.layers.items():
+        for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            kept[f"{name}.{side}"] = whole.detach().contiguous()
+    save_file(kept, Path(folder) / f"final-{rank}.safetensors")
+    leave_world()

@@ -207,3 +207,8 @@ def test_close_leaves_no_hook_on_the_model():
     assert not any(p._post_accumulate_grad_hooks for p in session.model.parameters())
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_validation_batches_that_nobody_would_read_are_refused():
+    with pytest.raises(ConfigError, match="leave them out"):
+        attach(tiny_llama(), "lora", validation=BATCHES)

@@ -163,6 +163,10 @@ def attach(
         CalibrationError: statistics that could not be taken.
         ModelError: non-finite base weights, or a model that already carries an adapter.
     """
+    if validation is not None:
+        raise ConfigError(
+            f"validation batches are for schedules that score; {'+'.join(Recipe.of(methods).ids)} has none: leave them out"
+        )
     source = _calibration(calibration)
     if plan is None:
         job = _prepare(

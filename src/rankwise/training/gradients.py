@@ -4,7 +4,8 @@ After the last backward pass of a step, and before anybody clips, the gradients 
 lora_B, or all of `modules_to_save`) are checked. A unit with a NaN or an infinity gets zero gradients, so that it does
 not spoil the clip norm of the others, and its parameters and optimizer state leave the step as they entered it. On the
 CPU, where reading a flag costs nothing, the optimizer simply does not see the unit; on an accelerator reading it would
-stall the queue, so the unit is put back by a device-side `where` and counted there.
+stall the queue, so the unit is put back by a device-side `where` and counted there. Of parameters sharded by FSDP2 each
+process looks at its own part, and the findings are summed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from accelerate.state import GradientState  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GradientFilter"]
+from rankwise.calibration.processes import all_reduce_sum
+
+__all__ = ["GradientFilter", "local"]
 
 
 class GradientFilter:
@@ -32,6 +36,7 @@ class GradientFilter:
         self._parameters = [parameter for unit in units.values() for parameter in unit]
         self._unit_of = [index for index, unit in enumerate(units.values()) for _ in unit]
         self._home = self._parameters[0].device
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
         self._on_host = all(p.device.type == "cpu" for p in self._parameters) if on_host is None else on_host
         self.protecting = True
         self.steps = 0
@@ -45,6 +50,11 @@ class GradientFilter:
         self._fresh: list[int] = []
         self._index_cache: dict[tuple[int, ...], Tensor] = {}
         self._handles: list[RemovableHandle] = []
+
+    def watches(self, units: Mapping[str, Sequence[nn.Parameter]]) -> bool:
+        """Whether these are still the very parameters; FSDP puts others in their place."""
+        live = [parameter for unit in units.values() for parameter in unit]
+        return len(live) == len(self._parameters) and all(a is b for a, b in zip(live, self._parameters, strict=True))
 
     def install(self, optimizer: Optimizer) -> None:
         """Hooks the parameters' backward and the optimizer's step; a second call moves to another optimizer."""
@@ -102,12 +112,16 @@ class GradientFilter:
         if not present:
             return
         gradients = [self._gradient(i) for i in present]
-        norms = torch.stack([n.to(self._home, torch.float32) for n in torch._foreach_norm(gradients)])
+        # In float16 the norm itself could overflow.
+        dtype = torch.float32 if any(g.dtype == torch.float16 for g in gradients) else None
+        norms = torch.stack([n.to(self._home, torch.float32) for n in torch._foreach_norm(gradients, 2, dtype)])
         units = self._units_of(present)
         bad = torch.zeros(len(self.names), device=self._home)
         live = bad.clone()
         bad.index_add_(0, units, (~norms.isfinite()).float())
         live.index_add_(0, units, (norms > 0).float())
+        if self._sharded:
+            all_reduce_sum(bad), all_reduce_sum(live)
         if not self.protecting:  # a loss scaler meets infinities by design, skips such a step itself, and must see them
             self._bad, self._live = bad > 0, (live > 0) & (bad == 0)
             return
@@ -123,7 +137,7 @@ class GradientFilter:
     def _gradient(self, index: int) -> Tensor:
         gradient = self._parameters[index].grad
         assert gradient is not None
-        return gradient
+        return local(gradient)
 
     def _units_of(self, present: tuple[int, ...]) -> Tensor:
         if present not in self._index_cache:
@@ -151,7 +165,7 @@ class GradientFilter:
         """Parameters and their optimizer state on their device, with the unit each belongs to."""
         found: list[tuple[Tensor, int]] = []
         for parameter, unit in zip(self._parameters, self._unit_of, strict=True):
-            found.append((parameter.data, unit))
+            found.append((local(parameter.data), unit))
             found += [(t, unit) for t in _state_on_device(optimizer, parameter)]
         return found
 
@@ -176,7 +190,13 @@ class GradientFilter:
 def _state_on_device(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
     # AdamW that is neither fused nor capturable counts steps on the host: that count alone moves on in a skipped step.
     state = optimizer.state.get(parameter, {})
-    return [value for value in state.values() if isinstance(value, Tensor) and value.device == parameter.device]
+    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
+    return [tensor for tensor in tensors if tensor.device == parameter.device]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (the same memory), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _at_the_end_of_backward(function: Any) -> None:

@@ -14,13 +14,14 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
 from rankwise.calibration.processes import process_index
 from rankwise.errors import ConfigError, HealthError
 from rankwise.linalg.factors import product_norm
-from rankwise.training.gradients import GradientFilter
+from rankwise.training.gradients import GradientFilter, local
 
 __all__ = ["Guard", "HealthCheck", "HealthStatus"]
 
@@ -75,9 +76,7 @@ class Guard:
         self.finished = False
         self.folder: Path | None = None
         """Where health.json goes when a check fails; the callback sets it to the run's output folder."""
-        units: dict[str, list[nn.Parameter]] = {n: [x.lora_A, x.lora_B] for n, x in layers.items()}
-        saved = [p for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
-        self.gradients = GradientFilter({**units, "modules_to_save": saved} if saved else units)
+        self.gradients = GradientFilter(self._units())
         self.record(
             HealthCheck(
                 id="targets",
@@ -167,6 +166,12 @@ class Guard:
             _passed("wiring", "before", len(wanted), len(wanted), "the optimizer holds every trainable parameter")
         )
         self.record(_passed("length", "before", max_steps, planned_steps, f"the run makes {max_steps} optimizer steps"))
+        units = self._units()
+        if not self.gradients.watches(units):
+            counters, protecting = self.gradients.state_dict(), self.gradients.protecting
+            self.gradients = GradientFilter(units)
+            self.gradients.load_state_dict(counters)
+            self.gradients.protecting = protecting
         self._start = {name: (_copy(layer.lora_A), _copy(layer.lora_B)) for name, layer in self._layers.items()}
         self.gradients.install(optimizer)
 
@@ -212,6 +217,12 @@ class Guard:
         self.gradients.load_state_dict(state["gradients"])
         self._moved = {name: bool(value) for name, value in state["moved"].items()}
         self._losses = None if state["losses"] is None else (state["losses"][0], state["losses"][1])
+
+    def _units(self) -> dict[str, list[nn.Parameter]]:
+        """What stands or falls together when a gradient is not finite."""
+        units: dict[str, list[nn.Parameter]] = {n: [x.lora_A, x.lora_B] for n, x in self._layers.items()}
+        saved = [p for n, p in self._model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
+        return {**units, "modules_to_save": saved} if saved else units
 
     def _check_loss(self, step: int, loss: float) -> None:
         first = loss if self._losses is None else self._losses[0]
@@ -359,11 +370,14 @@ def _begin_faults(
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("cpu", copy=True)
+    return local(parameter.detach()).to("cpu", copy=True)
 
 
 def _update_norm(layer: AdaptedLayer) -> float:
-    return abs(layer.scaling) * float(product_norm(layer.lora_A.detach().float(), layer.lora_B.detach().float()))
+    lora_A, lora_B = (
+        (p.full_tensor() if isinstance(p, DTensor) else p).detach().float() for p in (layer.lora_A, layer.lora_B)
+    )
+    return abs(layer.scaling) * product_norm(lora_A, lora_B)
 
 
 def _some(names: list[str]) -> str:
