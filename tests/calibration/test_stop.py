@@ -51,10 +51,15 @@ def test_the_statistics_are_those_of_the_batches_up_to_the_stop(memory):
         assert relative(layer.projection, gradient @ right(layer.shape).double().T) <= 5e-6
 
 
-def test_a_predicate_that_never_stops_uses_every_batch():
-    model = tiny_llama()
-    for memory in ("exact", "low"):
-        assert collect(model, targets(model), BATCHES, replace(EVERYTHING, stop=StopAt(99)), memory=memory).batches == 6
+@pytest.mark.parametrize("memory", ["exact", "low"])
+def test_a_predicate_that_never_stops_uses_every_batch_and_is_asked_once_for_each(memory):
+    model, stop = tiny_llama(), StopAt(99)
+    heard: list[tuple[int, int | None]] = []
+    settings = {"memory": memory, "on_batch": lambda *said: heard.append(said)}
+    assert collect(model, targets(model), BATCHES, replace(EVERYTHING, stop=stop), **settings).batches == 6
+    assert [count for count, _ in stop.heard] == list(range(1, 7))
+    assert all(len(scores) == len(targets(model)) for _, scores in stop.heard)
+    assert heard == [(done, len(heard)) for done in range(1, len(heard) + 1)]
 
 
 @pytest.mark.parametrize("memory", ["exact", "sampled", "low"])

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rankwise.adapters.layers import LinearLayer
 from rankwise.calibration.as_found import left_as_found
 from rankwise.calibration.batches import BatchStore, Loss, model_loss
-from rankwise.calibration.collectors import WeightUses, make_inputs_differentiable
+from rankwise.calibration.checks import check_model, check_settings, resolve_collector
+from rankwise.calibration.collectors import make_inputs_differentiable
 from rankwise.calibration.layer_sums import LayerSums
 from rankwise.calibration.memory import groups_for, needs_full_sums, resolve_memory
 from rankwise.calibration.passes import BatchRunner, Totals, first_non_finite, reduce_sums, run_pass
@@ -30,7 +31,7 @@ from rankwise.calibration.statistics import (
     MemoryMode,
     StatisticsRequest,
 )
-from rankwise.errors import CalibrationError, ConfigError, DataError, TargetError
+from rankwise.errors import CalibrationError, DataError
 
 __all__ = ["OnBatch", "collect"]
 
@@ -38,14 +39,6 @@ OnBatch = Callable[[int, int | None], None]
 """Told (batches done, batches in all or None if unknown); `low` counts every reading of a batch."""
 
 MAX_SKIPPED_SHARE = 0.1
-
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "DeepSpeedEngine": "module",
-    "OptimizedModule": "_orig_mod",
-}
 
 
 def collect(
@@ -101,8 +94,8 @@ def collect(
 
     Source: gora.md 3.1, 3.2; common.md 5, 9.
     """
-    _check_settings(layers, request, max_batches, sample_share)
-    _check_model(model, layers)
+    check_settings(layers, request, max_batches, sample_share)
+    check_model(model, layers)
     started = time.perf_counter()
     mode, on_cpu = broadcast_object(resolve_memory(memory, layers, request))
     runner = BatchRunner(
@@ -110,7 +103,7 @@ def collect(
         layers=layers,
         store=BatchStore(batches, max_batches),
         loss=loss or model_loss,
-        collector=_resolve_collector(collector, model, layers),
+        collector=resolve_collector(collector, model, layers),
         token_weighted=token_weighted,
         seed=seed,
         autocast_dtype=autocast_dtype,
@@ -162,12 +155,14 @@ class _Collection:
         everything = list(range(len(self.runner.layers)))
         grouped = self.mode == "low" and needs_full_sums(self.request)
         groups = groups_for(self.runner.layers) if grouped else [everything]
-        limit = self._traced_limit(groups, skip) if grouped and self.request.stop else None
+        traced = grouped and self.request.stop is not None
+        limit = self._traced_limit(groups, skip) if traced else None
+        first = len(groups) if traced else 0
         found: dict[int, LayerStatistics] = {}
         all_zero = True
         for number, group in enumerate(groups):
             sums = self._sums(group)
-            totals = self._pass(group, sums, skip, number, len(groups), self._enough(sums, limit))
+            totals = self._pass(group, sums, skip, (first + number, first + len(groups)), self._enough(sums, limit))
             weight = totals.weight if self.runner.token_weighted else float(totals.batches)
             for index, layer_sums, reached in zip(group, sums, totals.reached, strict=True):
                 zero = self._reduced(layer_sums)
@@ -198,11 +193,12 @@ class _Collection:
         group: Sequence[int],
         sums: Sequence[LayerSums],
         skip: frozenset[int],
-        number: int,
-        passes: int,
+        position: tuple[int, int],
         enough: Callable[[Totals], bool],
     ) -> Totals:
+        """One pass over the batches; `position` is (passes before it, passes in all), for the progress."""
         length = self.runner.store.total
+        number, passes = position
 
         def after_batch(batch: int) -> None:
             if self.on_batch is not None:
@@ -248,8 +244,11 @@ class _Collection:
                 raise _NonFiniteSumsError(layer_sums.layer.name)
         return {layer_sums.layer.name: layer_sums.scores(weight) for layer_sums in sums}
 
-    def _traced_limit(self, groups: Sequence[Sequence[int]], skip: frozenset[int]) -> int | None:
-        """Under `low` no group sees every layer: each group's running scores are written down, then asked about."""
+    def _traced_limit(self, groups: Sequence[Sequence[int]], skip: frozenset[int]) -> int:
+        """How many batches adaptive N uses under `low`, where no group sees every layer.
+
+        Each group's running scores are written down first; the request is asked when all layers are there.
+        """
         stop = self.request.stop
         assert stop is not None
         traces: list[dict[str, Tensor]] = []
@@ -262,8 +261,8 @@ class _Collection:
                 traces[totals.batches - 1].update(self._running_scores(sums, totals))
                 return False
 
-            self._pass(group, sums, skip, number, 2 * len(groups), note)
-        return next((count for count, scores in enumerate(traces, 1) if stop(count, scores)), None)
+            self._pass(group, sums, skip, (number, 2 * len(groups)), note)
+        return next((count for count, scores in enumerate(traces, 1) if stop(count, scores)), len(traces))
 
     def _refuse_if_many(self, totals: Totals, layer: str | None) -> None:
         considered = totals.batches + totals.skipped
@@ -326,62 +325,3 @@ def _screened(runner: BatchRunner, bad: frozenset[int]) -> Totals:
     count = sum(1 for _ in runner.store)
     every: set[int] = set().union(*gather_objects(bad))
     return Totals(reached=[], batches=count - len(every), skipped=len(every), bad=min(bad, default=None))
-
-
-def _resolve_collector(
-    collector: CollectorKind, model: nn.Module, layers: Sequence[LinearLayer]
-) -> Literal["outer", "param"]:
-    quantized = next((layer.name for layer in layers if layer.quantized), None)
-    if collector == "param" and quantized is not None:
-        raise ConfigError(
-            f"{quantized} holds a quantized weight, which has no gradient of its own: collector 'param' cannot see it. "
-            "Use collector 'outer' or 'auto'."
-        )
-    if collector != "auto":
-        return collector
-    uses = WeightUses(model)
-    return "outer" if all(uses.only_linear(layer) for layer in layers) else "param"
-
-
-def _check_settings(
-    layers: Sequence[LinearLayer], request: StatisticsRequest, max_batches: int | None, sample_share: float
-) -> None:
-    faults = []
-    if not layers:
-        faults.append("calibration needs at least one target layer")
-    if max_batches is not None and max_batches < 1:
-        faults.append(f"calibration batches: {max_batches} is not allowed; use at least 1")
-    if not 0.0 < sample_share <= 1.0:
-        faults.append(f"calibration sample_share: {sample_share} is not allowed; use a share in (0, 1]")
-    if request.stop is not None and request.score is None:
-        faults.append("a stop predicate (adaptive N) judges scores, but the request asks for none; add a score")
-    if faults:
-        raise ConfigError(faults)
-
-
-def _check_model(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
-    wrapper = type(model).__name__
-    if wrapper in _WRAPPERS:
-        raise CalibrationError(
-            f"the model is wrapped in {wrapper}, where hooks do not see every gradient. "
-            f"Calibrate the model inside (model.{_WRAPPERS[wrapper]}) before wrapping it."
-        )
-    owners: dict[int, str] = {}
-    for layer in layers:
-        weight = layer.module.weight
-        assert isinstance(weight, Tensor)
-        if weight.is_meta:
-            raise CalibrationError(
-                f"{layer.name}: its weight is on the meta device (disk offload?), so it has no gradient. "
-                "Load the model onto a CPU or an accelerator."
-            )
-        if type(weight).__name__ == "DTensor":
-            raise CalibrationError(
-                f"{layer.name}: its weight is sharded (DTensor). Calibrate before fully_shard, on the whole model."
-            )
-        other = owners.setdefault(weight.data_ptr() or id(weight), layer.name)
-        if other != layer.name:
-            raise TargetError(
-                f"{layer.name} and {other} share one weight, and two adapters on one weight would be counted twice. "
-                "Keep one of them in target_modules."
-            )
