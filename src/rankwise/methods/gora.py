@@ -469,7 +469,7 @@ def _fill(
             "gora: no importance is above 0, so shares have no meaning; "
             "use another gora.importance or normalization: softmax"
         )
-    return water_fill(shares, layers, budget.parameters, floor=r_min, cap=max(r_max, 1))
+    return water_fill(shares, layers, budget.parameters, floor=r_min, cap=r_max)
 
 
 _INVERTED = (
