@@ -3,6 +3,7 @@
 Nothing is written before everything that can be refused has been: config, folder, data, model, tokens, plan, adapter.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -72,6 +73,8 @@ def train(
     """
     from rankwise.training.signals import StopRequest
 
+    if int(os.environ.get("RANK", "0")):  # set by torchrun and accelerate; the first process tells what all do
+        listener = ignore
     claimed = claim(config, resume)
     given = None if plan_file is None else RankPlan.load(plan_file)
     phases = Phases(listener)
