@@ -114,7 +114,7 @@ def _trainer(job: Job, session: Session, checkpoint: Path | None) -> None:
         args,
         train_dataset=Rows(),
         optimizers=session.optimizers(args, job.steps),
-        callbacks=[session.callback(), *_stopper(job)],
+        callbacks=[session.callback(), *stopper(job)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -140,7 +140,7 @@ def _sft(job: Job, session: Session, checkpoint: Path | None) -> None:
         train_dataset=table,
         processing_class=tokenizer(),
         optimizers=session.optimizers(args, job.steps),
-        callbacks=[session.callback(), *_stopper(job)],
+        callbacks=[session.callback(), *stopper(job)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -198,7 +198,8 @@ LOOPS: dict[str, Callable[[Job, Session, Path | None], None]] = {
 }
 
 
-def _stopper(job: Job) -> list[Any]:
+def stopper(job: Job) -> list[Any]:
+    """A callback that ends this process's part of the run, if it is to end early."""
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):

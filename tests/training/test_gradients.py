@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -114,6 +115,21 @@ def test_a_nan_in_an_early_micro_batch_is_not_forgotten():
     assert found.skipped() == {"layer0": 0, "layer1": 1}
     assert all(torch.equal(a, b) for a, b in zip(units["layer1"], before["layer1"], strict=True))
     assert not torch.equal(units["layer0"][0], before["layer0"][0])
+
+
+def test_a_loop_that_accelerate_knows_nothing_of_is_looked_at_before_the_step():
+    units = pairs(2)
+    optimizer = torch.optim.AdamW([p for unit in units.values() for p in unit], lr=0.1)
+    found = GradientFilter(units)
+    found.install(optimizer)
+    GradientState()._set_sync_gradients(False)
+    try:
+        loss_of(units, "layer1").backward()
+        optimizer.step()
+    finally:
+        GradientState()._set_sync_gradients(True)
+    assert found.skipped() == {"layer0": 0, "layer1": 1}
+    assert found.exercised() == {"layer0": True, "layer1": False}
 
 
 def test_a_loss_scaler_sees_its_infinities():

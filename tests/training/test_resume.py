@@ -9,11 +9,13 @@ import torch
 
 from rankwise.adapters.state import STATE_FILE
 from rankwise.errors import CheckpointError
+from rankwise.methods.gora import GoRA
+from rankwise.training.attach import attach
 from rankwise.training.marker import MARKER, last_complete_checkpoint
 from rankwise.training.state import resume
-from tests.support.models import tiny_gpt2, tiny_llama
+from tests.support.models import classification_batch, tiny_bert_classifier, tiny_gpt2, tiny_llama
 from tests.training.children import finish, start
-from tests.training.jobs import Job, factors, final, new_session, run
+from tests.training.jobs import Job, factors, final, new_session, run, stopper, trainer_arguments
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,44 @@ def test_a_trainer_that_starts_elsewhere_than_the_session_is_refused(checkpoint:
 def test_the_stored_marker_holds_no_path_of_this_machine(checkpoint: Path):
     assert str(Path.home()) not in (checkpoint / MARKER).read_text()
     assert str(checkpoint.parent) not in (checkpoint / MARKER).read_text()
+
+
+def classifier_run(folder: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+    """A classification run whose head is trained in full, from its last checkpoint if there is one."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    rows = [{key: value[0] for key, value in classification_batch(seed, rows=1).items()} for seed in range(12)]
+    options = trainer_arguments(Job(folder=str(folder), steps=6, save_steps=2))
+    args = TrainingArguments(**options)
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        session = attach(
+            tiny_bert_classifier(),
+            GoRA(),
+            r=2,
+            lora_dropout=0.2,
+            modules_to_save=["classifier", "pooler"],
+            task_type="SEQ_CLS",
+            calibration=[classification_batch(seed) for seed in range(2)],
+        )
+    else:
+        session = resume(tiny_bert_classifier(), checkpoint)
+    trainer = Trainer(
+        session.model,
+        args,
+        train_dataset=rows,
+        optimizers=session.optimizers(args, 6),
+        callbacks=[session.callback(), *stopper(Job(folder=str(folder), stop_after=stop_after))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {name: p.detach().clone() for name, p in session.model.named_parameters() if p.requires_grad}
+
+
+def test_modules_that_are_trained_in_full_resume_bit_equal_too(tmp_path: Path):
+    whole = classifier_run(tmp_path / "whole")
+    classifier_run(tmp_path / "split", stop_after=3)
+    split = classifier_run(tmp_path / "split")
+    assert any("modules_to_save" in name and "classifier" in name for name in whole)
+    assert whole.keys() == split.keys()
+    assert [name for name in whole if not torch.equal(whole[name], split[name])] == []

@@ -165,7 +165,8 @@ def attach(
     """
     if validation is not None:
         raise ConfigError(
-            f"validation batches are for schedules that score; {'+'.join(Recipe.of(methods).ids)} has none: leave them out"
+            f"validation batches are for schedules that score, and {'+'.join(Recipe.of(methods).ids)} has none: "
+            "leave them out"
         )
     source = _calibration(calibration)
     if plan is None:

@@ -46,6 +46,7 @@ class GradientFilter:
         self._bad = zeros.to(torch.bool)
         self._live = zeros.to(torch.bool)
         self._queued = False
+        self._unseen = False
         self._saved: list[tuple[Tensor, Tensor, int]] = []
         self._fresh: list[int] = []
         self._index_cache: dict[tuple[int, ...], Tensor] = {}
@@ -102,12 +103,14 @@ class GradientFilter:
 
     def _after_backward(self) -> None:
         self._queued = False
-        if GradientState().sync_gradients:
+        self._unseen = True
+        if GradientState().sync_gradients:  # the last micro-batch of the step: the others' sum is in the gradients
             self.check()
 
     @torch.no_grad()
     def check(self) -> None:
         """Looks at all gradients and clears those of the units that hold a non-finite one."""
+        self._unseen = False
         present = tuple(i for i, parameter in enumerate(self._parameters) if parameter.grad is not None)
         if not present:
             return
@@ -150,6 +153,8 @@ class GradientFilter:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._unseen:  # a loop that accumulates by itself and told accelerate otherwise
+            self.check()
         if not self.protecting:
             return
         if self._on_host:
