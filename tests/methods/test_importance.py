@@ -104,6 +104,7 @@ def test_measuring_leaves_weight_and_gradient_alone() -> None:
     assert torch.equal(gradient, kept[1])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12))
 def test_shares_add_up_to_one_and_keep_the_order(values: list[float]) -> None:
     importance = torch.tensor(values, dtype=torch.float64)
