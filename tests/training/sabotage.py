@@ -95,3 +95,5 @@ MOMENTS: tuple[Callable[[], None], ...] = (
     in_rotation_among_the_files,
     after_the_last_step,
 )
+TELLING = (before_the_marker, in_rotation_among_the_files, after_the_last_step)
+"""The moments that the default test run tries; the others run with the slow tests."""
