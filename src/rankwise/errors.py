@@ -5,7 +5,7 @@ refines. The number is the exit code of the command line.
 
     RankwiseError
     ├── ConfigError (ValueError)             2  settings: every fault of one place at once, in `faults`
-    │   ├── TargetError                      2  a target pattern that matches nothing, or something that cannot be adapted
+    │   ├── TargetError                      2  a target pattern without a match, or a layer that cannot be adapted
     │   ├── BudgetError                      2  a parameter budget that cannot be met
     │   ├── PlanError                        2  a plan file that is damaged, inconsistent or made for another model
     │   └── RecipeError                      2  methods or options that must not be combined

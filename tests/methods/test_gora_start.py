@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rankwise.calibration.statistics import LayerStatistics
 from rankwise.errors import CalibrationError, ConfigError
+from rankwise.linalg.random import kaiming_uniform
 from rankwise.methods.base import Factors, Start
-from rankwise.methods.draws import draw_factor, kaiming_uniform, singular_rows
+from rankwise.methods.draws import draw_factor, singular_rows
 from rankwise.methods.gora import GAMMA_CANDIDATES, GoRA, descent_direction, gain
 from rankwise.ranks.shapes import LayerShape
 from tests.methods.support import (

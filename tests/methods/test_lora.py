@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from rankwise.adapters.attach import kaiming_factor
 from rankwise.errors import BudgetError
+from rankwise.linalg.random import generator, kaiming_uniform
 from rankwise.methods.base import Start, keep_float32
-from rankwise.methods.draws import kaiming_uniform
 from rankwise.methods.lora import LoRA, uniform_ranks
 from rankwise.ranks.shapes import LayerShape, ScalingRule
 from tests.methods.support import budget_of, known, random
@@ -45,7 +44,7 @@ def test_the_start_is_kaiming_a_and_zero_b_from_the_layers_own_stream() -> None:
     assert factors.lora_A.abs().max() <= 1 / 8
     assert torch.equal(factors.lora_A, LoRA().initialize(start).lora_A)
     # attach writes the same draw before any method does
-    assert torch.equal(factors.lora_A, kaiming_factor(5, "layers.0", 4, 64))
+    assert torch.equal(factors.lora_A, kaiming_uniform(4, 64, generator(5, "lora_A", "layers.0")))
 
 
 def test_kaiming_uniform_has_pefts_bound() -> None:

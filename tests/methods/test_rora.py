@@ -11,8 +11,8 @@ from torch import nn
 from rankwise.adapters.attach import adapted_layers, attach_lora, write_factors
 from rankwise.adapters.checkpoint import save_native
 from rankwise.export.write import export_adapter
+from rankwise.linalg.random import kaiming_uniform
 from rankwise.methods.base import Budget
-from rankwise.methods.draws import kaiming_uniform
 from rankwise.methods.rora import RoRA, equivalent_alpha
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape

@@ -19,7 +19,7 @@ from rankwise.adapters.lora_config import native_config
 from rankwise.adapters.refusals import refuse_adapted
 from rankwise.adapters.targets import HEAD_NAMES, check_patterns, checked_views, is_saved
 from rankwise.errors import ConfigError, ModelError, PlanError
-from rankwise.linalg.random import generator
+from rankwise.linalg.random import generator, kaiming_uniform
 from rankwise.ranks.plan import RankPlan
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "adapter_disabled",
     "adapter_tensors",
     "attach_lora",
-    "kaiming_factor",
     "modules_saved",
     "peft_model_of",
     "write_factors",
@@ -124,17 +123,11 @@ def attach_lora(
     _assert_as_planned(adapted, plan)
     for name, layer in adapted.items():
         write_factors(
-            layer, kaiming_factor(plan.seed, name, layer.rank, layer.base.shape.in_features), layer.lora_B.data
+            layer,
+            kaiming_uniform(layer.rank, layer.base.shape.in_features, generator(plan.seed, "lora_A", name)),
+            layer.lora_B.data,
         )
     return peft_model
-
-
-def kaiming_factor(seed: int, name: str, rank: int, in_features: int) -> Float[Tensor, "rank in"]:
-    """The start of lora_A, U(-1/sqrt(in), 1/sqrt(in)) as in PEFT: float32, on the CPU, a function of its arguments."""
-    bound = 1 / math.sqrt(in_features)
-    return torch.empty(rank, in_features, dtype=torch.float32, device="cpu").uniform_(
-        -bound, bound, generator=generator(seed, "lora_A", name)
-    )
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, AdaptedLayer]:

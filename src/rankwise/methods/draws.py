@@ -7,31 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rankwise.linalg.random import kaiming_uniform
 from rankwise.linalg.spectrum import truncated_svd
 
-__all__ = ["Initialization", "draw_factor", "kaiming_uniform", "singular_rows"]
+__all__ = ["Initialization", "draw_factor", "singular_rows"]
 
 Initialization = Literal["kaiming", "default_normal", "normal", "orthogonal", "weight_svd", "grad_svd"]
-
-
-def kaiming_uniform(rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:
-    """Draws U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's Kaiming-uniform with a = sqrt(5).
-
-    Args:
-        rows: rank of the factor, >= 1.
-        in_features: columns, >= 1.
-        source: the CPU generator of this draw.
-
-    Returns:
-        float32 on the CPU.
-
-    Source: He et al., arXiv 1502.01852, equation 14 with the gain sqrt(2 / (1 + 5)); PEFT's `reset_lora_parameters`.
-    """
-    bound = 1.0 / math.sqrt(in_features)
-    drawn = torch.empty(rows, in_features)
-    for row in drawn:  # row by row, so that fewer rows are the first of more
-        row.uniform_(-bound, bound, generator=source)
-    return drawn
 
 
 def draw_factor(kind: Initialization, rows: int, in_features: int, source: torch.Generator) -> Float[Tensor, "rows in"]:

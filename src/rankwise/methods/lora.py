@@ -24,9 +24,8 @@ import torch
 
 from rankwise.calibration.statistics import GradientStatistics
 from rankwise.errors import BudgetError
-from rankwise.linalg.random import generator
+from rankwise.linalg.random import generator, kaiming_uniform
 from rankwise.methods.base import Allocation, Budget, Factors, Method, Slot, Start
-from rankwise.methods.draws import kaiming_uniform
 from rankwise.ranks.shapes import LayerShape, ScalingRule
 
 __all__ = ["LoRA", "uniform_ranks"]
