@@ -13,7 +13,7 @@ VERBS = ("demo", "plan", "train", "export", "check", "report", "methods")
 def rankwise(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     start = "from rankwise.cli.main import main; main()" if code is None else code
     command = [sys.executable, "-W", "error", "-c", start, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("words", [(), *((verb,) for verb in VERBS)], ids=lambda words: " ".join(words) or "top")
