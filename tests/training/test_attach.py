@@ -1,6 +1,7 @@
 """From model and recipe to session: what is decided, what is refused, what stays untouched."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,33 @@ def test_close_leaves_no_hook_on_the_model():
 def test_validation_batches_that_nobody_would_read_are_refused():
     with pytest.raises(ConfigError, match="leave them out"):
         attach(tiny_llama(), "lora", validation=BATCHES)
+
+
+class DistributedDataParallel(torch.nn.Module):
+    """Stands for torch's, which wants a process group."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def compiled(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled, torch.nn.DataParallel, DistributedDataParallel])
+@pytest.mark.parametrize("methods", ["lora", "rora", "gora"])
+def test_a_wrapped_model_is_refused_because_its_adapter_would_load_as_nothing(wrap: Callable, methods: str):
+    with pytest.raises(ModelError, match="attach before wrapping or compiling"):
+        attach(wrap(tiny_llama()), methods, r=2, calibration=BATCHES)
+    with pytest.raises(ModelError, match="attach before wrapping or compiling"):
+        plan(wrap(tiny_llama()), methods, r=2, calibration=BATCHES)
+    with pytest.raises(ModelError, match="attach before wrapping or compiling"):
+        attach(wrap(tiny_llama()), methods, plan=plan(tiny_llama(), "lora", r=2), calibration=BATCHES)
+
+
+def test_a_part_of_the_model_that_is_compiled_is_named():
+    model = tiny_llama()
+    model.model.layers[1] = compiled(model.model.layers[1])
+    with pytest.raises(ModelError, match=r"'model\.layers\.1' is wrapped in OptimizedModule.*_orig_mod"):
+        attach(model, "lora", r=2)

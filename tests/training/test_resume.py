@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rankwise.adapters.state import STATE_FILE
-from rankwise.errors import CheckpointError
+from rankwise.errors import CheckpointError, ModelError
 from rankwise.methods.gora import GoRA
 from rankwise.training.attach import attach
 from rankwise.training.marker import MARKER, last_complete_checkpoint
@@ -102,6 +102,11 @@ def test_another_base_model_is_refused(checkpoint: Path):
         resume(tiny_gpt2(), checkpoint)
     with pytest.raises(CheckpointError, match="other weights"):
         resume(tiny_llama(seed=1), checkpoint)
+
+
+def test_a_wrapped_model_is_refused_before_anything_is_read(checkpoint: Path):
+    with pytest.raises(ModelError, match=r"wrapped in DataParallel.*attach before wrapping"):
+        resume(torch.nn.DataParallel(tiny_llama()), checkpoint)
 
 
 def test_another_thread_count_and_other_versions_are_told(copied: Path):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.lora_config import native_config
-from rankwise.adapters.refusals import refuse_adapted
+from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
 from rankwise.adapters.targets import HEAD_NAMES, check_patterns, checked_views, is_saved
 from rankwise.errors import ConfigError, ModelError, PlanError
 from rankwise.linalg.random import generator, kaiming_uniform
@@ -104,11 +104,12 @@ def attach_lora(
         The stock PEFT model around `model`.
 
     Raises:
-        ModelError: the model already carries an adapter.
+        ModelError: the model is wrapped (torch.compile, data parallelism, ...) or already carries an adapter.
         PlanError: the plan is for another model, has no live rank, or names a layer that is trained in full.
         TargetError: the plan names a layer that cannot be adapted, or modules_to_save names nothing.
         ConfigError: a setting out of range.
     """
+    refuse_wrapped(model)
     refuse_adapted(model)
     _check_settings(lora_dropout, task_type, adapter_name)
     modules = {name: module for name, module in model.named_modules() if name}

@@ -11,13 +11,49 @@ from torch import Tensor, nn
 from rankwise.adapters.layers import view_linear
 from rankwise.errors import ModelError
 
-__all__ = ["listed", "refusal", "refuse_adapted", "shared_names"]
+__all__ = ["listed", "refusal", "refuse_adapted", "refuse_wrapped", "shared_names", "wrapper_in"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # PEFT refuses these: the fused kernels read the weights and would never call the adapter.
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_NAMES = ("out_proj", "conv1d")
 _SHOWN = 5
+# Each puts its attribute's name into the names of the layers inside: an adapter's file would carry names that the bare
+# model does not have, and stock PEFT would load nothing from it.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "DeepSpeedEngine": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def wrapper_in(model: nn.Module) -> tuple[str, str, str] | None:
+    """The first wrapper of torch or an engine around the model or a part of it: (name, class, attribute inside)."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in _WRAPPERS:
+            return name, kind, _WRAPPERS[kind]
+    return None
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Passes if nothing wraps the model or a part of it (torch.compile, data parallelism, sharding, an engine).
+
+    Raises:
+        ModelError: something does; which class, and the way to the module inside.
+    """
+    found = wrapper_in(model)
+    if found is not None:
+        name, kind, inside = found
+        where, path = (f"the model's {name!r}", f"model.{name}") if name else ("the model", "model")
+        raise ModelError(
+            f"{where} is wrapped in {kind}, whose name {inside!r} would end up in the adapter's file, so that stock "
+            f"PEFT would load nothing from it: attach before wrapping or compiling the model (use {path}.{inside}), "
+            "and wrap session.model afterwards"
+        )
 
 
 def refuse_adapted(model: nn.Module) -> None:

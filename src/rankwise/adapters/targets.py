@@ -10,7 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from torch import nn
 
 from rankwise.adapters.layers import LinearLayer, view_linear
-from rankwise.adapters.refusals import listed, refusal, refuse_adapted, shared_names
+from rankwise.adapters.refusals import listed, refusal, refuse_adapted, refuse_wrapped, shared_names
 from rankwise.errors import TargetError
 from rankwise.ranks.shapes import LayerShape
 
@@ -73,8 +73,9 @@ def resolve_targets(
 
     Raises:
         TargetError: a pattern that matches nothing, or something that cannot be adapted; every fault at once.
-        ModelError: the model already carries adapters.
+        ModelError: the model is wrapped (torch.compile, data parallelism, ...) or already carries adapters.
     """
+    refuse_wrapped(model)
     refuse_adapted(model)
     modules = {name: module for name, module in model.named_modules() if name}
     notes = check_patterns(modules, exclude_modules, modules_to_save)

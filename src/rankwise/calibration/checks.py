@@ -6,19 +6,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from rankwise.adapters.layers import LinearLayer
+from rankwise.adapters.refusals import wrapper_in
 from rankwise.calibration.collectors import WeightUses
 from rankwise.calibration.statistics import CollectorKind, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError, TargetError
 
 __all__ = ["check_model", "check_settings", "resolve_collector"]
-
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "DeepSpeedEngine": "module",
-    "OptimizedModule": "_orig_mod",
-}
 
 
 def resolve_collector(
@@ -56,11 +49,13 @@ def check_settings(
 
 def check_model(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
     """Refuses wrapped models, and targets that are out of memory, sharded, or share one weight."""
-    wrapper = type(model).__name__
-    if wrapper in _WRAPPERS:
+    wrapper = wrapper_in(model)
+    if wrapper is not None:
+        name, kind, inside = wrapper
+        where, path = (f"the model's {name!r}", f"model.{name}") if name else ("the model", "model")
         raise CalibrationError(
-            f"the model is wrapped in {wrapper}, where hooks do not see every gradient. "
-            f"Calibrate the model inside (model.{_WRAPPERS[wrapper]}) before wrapping it."
+            f"{where} is wrapped in {kind}, where hooks do not see every gradient. "
+            f"Calibrate the module inside ({path}.{inside}) before wrapping it."
         )
     owners: dict[int, str] = {}
     for layer in layers:

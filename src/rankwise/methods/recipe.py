@@ -37,14 +37,12 @@ class Situation:
         quantized: whether a target's weight is stored in 4 or 8 bits.
         offloaded: whether parameters lie on the meta device or on disk.
         collector: the gradient collector asked for.
-        wrapped: whether the model is already wrapped by DDP, FSDP or an engine.
         lora_options: options of PEFT's LoraConfig that were asked for beside ours.
     """
 
     quantized: bool = False
     offloaded: bool = False
     collector: Literal["auto", "outer", "param"] = "auto"
-    wrapped: bool = False
     lora_options: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -209,13 +207,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda recipe, _: (
             f"calibration.collector: param reads the gradient of packed weights, which {_together(recipe)} cannot "
             "use on a quantized model; use outer or auto"
-        ),
-    ),
-    Refusal(
-        lambda recipe, situation: recipe.needs_gradients and situation.wrapped and situation.collector != "outer",
-        lambda recipe, situation: (
-            f"calibration.collector: {situation.collector} would read one process's gradients of a wrapped model for "
-            f"{_together(recipe)}; attach before wrapping the model, or use outer"
         ),
     ),
     Refusal(

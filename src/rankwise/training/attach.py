@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankwise.adapters.attach import AdaptedLayer, adapted_layers, attach_lora, write_factors
 from rankwise.adapters.fingerprint import architecture_fingerprint, check_finite_weights
 from rankwise.adapters.layers import LinearLayer, view_linear
+from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
 from rankwise.adapters.targets import resolve_targets
 from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.batches import Loss
@@ -161,7 +162,7 @@ def attach(
     Raises:
         ConfigError: a setting, target, budget, plan or recipe that cannot be used.
         CalibrationError: statistics that could not be taken.
-        ModelError: non-finite base weights, or a model that already carries an adapter.
+        ModelError: non-finite base weights, or a model that is wrapped or already carries an adapter.
     """
     if validation is not None:
         raise ConfigError(
@@ -283,6 +284,8 @@ def _prepare_planned(
     model: nn.Module, methods: Methods, given: RankPlan, seed: int | None, calibration: Calibration | None
 ) -> _Job:
     recipe = Recipe.of(methods)
+    refuse_wrapped(model)
+    refuse_adapted(model)
     identity = _identity(model)
     modules = dict(model.named_modules())
     views = [view_linear(name, modules[name]) for name in given.ranks if name in modules]

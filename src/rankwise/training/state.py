@@ -22,6 +22,7 @@ from torch import nn
 from rankwise.adapters.attach import attach_lora
 from rankwise.adapters.checkpoint import load_native, save_native
 from rankwise.adapters.fingerprint import architecture_fingerprint, weights_fingerprint
+from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
 from rankwise.adapters.state import STATE_FILE, FoldState
 from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.processes import process_index, world_size
@@ -64,6 +65,8 @@ def resume(model: nn.Module, checkpoint: str | PathLike[str]) -> Session:
     Raises:
         CheckpointError: no marker, missing or damaged files, another base model, another number of processes.
     """
+    refuse_wrapped(model)
+    refuse_adapted(model)
     folder = Path(checkpoint)
     marker = read_marker(folder)
     faults = damage(folder, marker)
