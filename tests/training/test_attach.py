@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
 from rankwise.methods.rora import RoRA
 from rankwise.ranks.plan import RankPlan
-from rankwise.ranks.shapes import uniform_budget
+from rankwise.ranks.shapes import ScalingRule, uniform_budget
 from rankwise.training.attach import Calibration, attach, plan
 from tests.support.models import causal_batch, tiny_gpt2, tiny_llama
 
@@ -107,7 +108,8 @@ def test_the_allocation_of_one_method_goes_with_the_start_of_another():
     assert session.plan.ranks == made.ranks
     assert session.plan.methods == ("lora",)
     assert session.seed == 4
-    assert any("ranks from a plan of gora" in note for note in session.plan.notes)
+    told = "ranks and the scaling rule alpha/sqrt(rank) from a plan of gora, start from lora"
+    assert told in session.plan.notes
     assert all(float(layer.lora_B.detach().abs().sum()) == 0 for layer in session.layers.values())
 
 
@@ -243,3 +245,11 @@ def test_a_part_of_the_model_that_is_compiled_is_named():
     model.model.layers[1] = compiled(model.model.layers[1])
     with pytest.raises(ModelError, match=r"'model\.layers\.1' is wrapped in OptimizedModule.*_orig_mod"):
         attach(model, "lora", r=2)
+
+
+def test_a_method_that_is_its_scaling_takes_no_plan_with_another():
+    made = plan(tiny_llama(), "lora", r=4)
+    with pytest.raises(PlanError, match=r'is "alpha/rank" \(made by lora\) and rora scales by "alpha/sqrt\(rank\)"'):
+        attach(tiny_llama(), "rora", plan=made)
+    session = attach(tiny_llama(), "rora", plan=replace(made, scaling_rule=ScalingRule.ALPHA_OVER_SQRT_RANK))
+    assert {layer.scaling for layer in session.layers.values()} == {8.0}

@@ -22,7 +22,7 @@ from rankwise.calibration.collect import OnBatch, collect
 from rankwise.calibration.processes import assert_equal_everywhere, broadcast_object, process_index
 from rankwise.calibration.statistics import CollectorKind, GradientStatistics, MemoryMode, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError, PlanError, RecipeError
-from rankwise.methods.base import Budget, Factors, Method, Start
+from rankwise.methods.base import Budget, Factors, Method, Slot, Start
 from rankwise.methods.recipe import Recipe, Situation
 from rankwise.ranks.plan import ModelIdentity, RankPlan
 from rankwise.ranks.shapes import LayerShape, uniform_budget
@@ -304,12 +304,28 @@ def _prepare_planned(
     live = tuple(view for view in found if given.ranks[view.name] > 0)
     recipe.check(_situation(live, calibration))
     check_finite_weights(live)
+    _check_scaling(recipe, given)
     notes = given.notes
     if given.methods != recipe.ids:
-        notes = (*notes, f"ranks from a plan of {'+'.join(given.methods)}, start from {'+'.join(recipe.ids)}")
+        notes = (
+            *notes,
+            f"ranks and the scaling rule {given.scaling_rule} from a plan of {'+'.join(given.methods)}, "
+            f"start from {'+'.join(recipe.ids)}",
+        )
     used = replace(given, methods=recipe.ids, seed=given.seed if seed is None else seed, model=identity, notes=notes)
     budget = Budget(r=given.r, lora_alpha=given.lora_alpha, parameters=given.budget)
     return _Job(model, recipe, live, budget, used.seed, identity, (), calibration, given=used)
+
+
+def _check_scaling(recipe: Recipe, given: RankPlan) -> None:
+    """A method that is its scaling may not run under another one's: the result would carry its name only."""
+    owner = recipe.owner(Slot.SCALE)
+    if owner is not None and owner.scaling_rule() != given.scaling_rule:
+        raise PlanError(
+            f'the plan\'s scaling rule is "{given.scaling_rule}" (made by {"+".join(given.methods)}) and {owner.id} '
+            f'scales by "{owner.scaling_rule()}": make the plan with {owner.id}, or set "scaling_rule" to '
+            f'"{owner.scaling_rule()}" in the plan file'
+        )
 
 
 def _check_budget(r: int, lora_alpha: float) -> None:
