@@ -108,6 +108,21 @@ def test_an_adapter_that_something_froze_is_refused():
         session.begin(optimizer, STEPS)
 
 
+def test_a_trainable_base_parameter_is_refused_because_no_export_would_hold_it():
+    session = new_session(Job(folder=""))
+    session.model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(
+        ConfigError, match=r"1 parameters outside the adapter are trainable .*embed_tokens.*modules_to_save"
+    ):
+        started(session)
+
+
+def test_what_modules_to_save_names_may_train():
+    session = attach(tiny_llama(), "lora", r=2, modules_to_save=["lm_head"])
+    started(session)
+    assert check_of(session, "wiring").status == "passed"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_fails_and_leaves_health_json(tmp_path: Path, value: float):
     session = new_session(Job(folder=""))

@@ -149,14 +149,16 @@ class Guard:
             planned_steps: steps that the learning-rate schedule was built for, if the session built it.
 
         Raises:
-            ConfigError: a learning rate of 0, an optimizer that misses trainable parameters, or a schedule shorter than
-                the run.
+            ConfigError: a learning rate of 0, an optimizer that misses trainable parameters, a trainable parameter that
+                no export would hold, or a schedule shorter than the run.
         """
         rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         wanted = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         missing = [n for n, p in wanted.items() if id(p) not in held]
-        faults = _begin_faults(rates, wanted, missing, max_steps, planned_steps)
+        exported = {id(p) for layer in self._layers.values() for p in (layer.lora_A, layer.lora_B)}
+        outside = [n for n, p in wanted.items() if id(p) not in exported and ".modules_to_save." not in n]
+        faults = _begin_faults(rates, wanted, missing, outside, max_steps, planned_steps)
         if faults:
             raise ConfigError(faults)
         self.record(
@@ -349,7 +351,12 @@ def _passed(name: str, stage: Stage, measured: Figure, limit: Figure, message: s
 
 
 def _begin_faults(
-    rates: list[float], wanted: Mapping[str, nn.Parameter], missing: list[str], max_steps: int, planned: int | None
+    rates: list[float],
+    wanted: Mapping[str, nn.Parameter],
+    missing: list[str],
+    outside: list[str],
+    max_steps: int,
+    planned: int | None,
 ) -> list[str]:
     faults = []
     if not rates or not max(rates) > 0:
@@ -360,6 +367,12 @@ def _begin_faults(
         faults.append(
             f"the optimizer misses {len(missing)} of {len(wanted)} trainable parameters ({_some(missing)}): "
             "build it after attach, with session.optimizers(args, num_training_steps)"
+        )
+    if outside:
+        faults.append(
+            f"{len(outside)} parameters outside the adapter are trainable ({_some(outside)}): they would be trained "
+            "and exported nowhere; freeze them with requires_grad_(False), or attach with their module in "
+            "modules_to_save"
         )
     if planned is not None and max_steps > planned:
         faults.append(
