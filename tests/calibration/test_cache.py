@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from rankwise.calibration.cache import load_statistics, save_statistics, statistics_fingerprint
 from rankwise.calibration.collect import collect
@@ -130,3 +131,17 @@ def test_one_changed_bit_of_a_batch_or_a_weight_counts():
     model = tiny_llama()
     model.model.norm.weight.data[0] = torch.nextafter(model.model.norm.weight[0], torch.tensor(2.0))
     assert parts(model=model)["model"] != parts()["model"]
+
+
+@pytest.mark.parametrize("changed", [{"hidden_act": "relu"}, {"rms_norm_eps": 1e-2}])
+def test_the_same_weights_under_another_configuration_are_another_model(changed):
+    """The activation and its like change every gradient and no weight."""
+    fingerprints = set()
+    for settings in ({}, changed):
+        config = tiny_llama().config
+        for key, value in settings.items():
+            setattr(config, key, value)
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        fingerprints.add(statistics_fingerprint(model, targets(model), BATCHES, EVERYTHING))
+    assert len(fingerprints) == 2

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.adapters.fingerprint import weights_fingerprint
+from rankwise.adapters.fingerprint import architecture_fingerprint, weights_fingerprint
 from rankwise.adapters.layers import LinearLayer
 from rankwise.calibration.batches import Loss
 from rankwise.calibration.processes import process_index
@@ -54,7 +54,7 @@ def statistics_fingerprint(
     `data_identity`.
 
     Args:
-        model: the base model; every bit of its weights counts.
+        model: the base model; its configuration and every bit of its weights count.
         layers: the targets, in order.
         batches: the batches themselves, read again by `collect`; the first `max_batches` count.
         request: what is kept; its functions are told apart by `identity`.
@@ -76,7 +76,7 @@ def statistics_fingerprint(
     asked = [request.score is not None, request.score_is_row_mean, request.stop is not None, request.identity]
     settings = [memory, token_weighted, train_mode, sample_share, seed, str(autocast_dtype), dtypes]
     parts = {
-        "model": weights_fingerprint(model),
+        "model": [architecture_fingerprint(model), weights_fingerprint(model)],
         "data": [data_identity, max_batches, _hash_of(batches[:max_batches])],
         "targets": [[s.name, s.out_features, s.in_features] for s in (layer.shape for layer in layers)],
         "request": [*kept, *asked],
