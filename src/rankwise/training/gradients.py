@@ -2,10 +2,10 @@
 
 After the last backward pass of a step, and before anybody clips, the gradients of every unit (one pair of lora_A and
 lora_B, or all of `modules_to_save`) are checked. A unit with a NaN or an infinity gets zero gradients, so that it does
-not spoil the clip norm of the others, and its parameters and optimizer state leave the step as they entered it. On the
-CPU, where reading a flag costs nothing, the optimizer simply does not see the unit; on an accelerator reading it would
-stall the queue, so the unit is put back by a device-side `where` and counted there. Of parameters sharded by FSDP2 each
-process looks at its own part, and the findings are summed.
+not spoil the clip norm of the others, and the optimizer does not see the unit: its parameters and optimizer state leave
+the step as they entered it. The norms stay on the device; one flag is read for each step, at the end of its last
+backward pass, and only a step in which it is raised costs more. Of parameters sharded by FSDP2 each process looks at
+its own part, and the findings are summed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,28 +28,26 @@ class GradientFilter:
 
     Args:
         units: by name, the parameters that stand or fall together.
-        on_host: whether flags may be read at every step; by default only where all parameters are on the CPU.
     """
 
-    def __init__(self, units: Mapping[str, Sequence[nn.Parameter]], *, on_host: bool | None = None) -> None:
+    def __init__(self, units: Mapping[str, Sequence[nn.Parameter]]) -> None:
         self.names = tuple(units)
         self._parameters = [parameter for unit in units.values() for parameter in unit]
         self._unit_of = [index for index, unit in enumerate(units.values()) for _ in unit]
-        self._home = self._parameters[0].device
+        self._home = torch.device("cpu")  # `install` knows better: trainers move the model after attach
         self._sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
-        self._on_host = all(p.device.type == "cpu" for p in self._parameters) if on_host is None else on_host
         self.protecting = True
         self.steps = 0
-        zeros = torch.zeros(len(units), device=self._home)
+        zeros = torch.zeros(len(units))
         self._skipped = zeros.to(torch.int64)
         self._exercised = zeros.to(torch.bool)
         self._bad = zeros.to(torch.bool)
         self._live = zeros.to(torch.bool)
-        self._queued = False
+        self._found = False
+        self._backward: int | None = None
+        self._whole = False
         self._unseen = False
-        self._saved: list[tuple[Tensor, Tensor, int]] = []
-        self._fresh: list[int] = []
-        self._index_cache: dict[tuple[int, ...], Tensor] = {}
+        self._order_cache: dict[tuple[int, ...], tuple[list[list[int]], Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     def watches(self, units: Mapping[str, Sequence[nn.Parameter]]) -> bool:
@@ -57,9 +55,18 @@ class GradientFilter:
         live = [parameter for unit in units.values() for parameter in unit]
         return len(live) == len(self._parameters) and all(a is b for a, b in zip(live, self._parameters, strict=True))
 
-    def install(self, optimizer: Optimizer) -> None:
-        """Hooks the parameters' backward and the optimizer's step; a second call moves to another optimizer."""
+    def install(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
+        """Hooks the parameters' backward and the optimizer's step; a second call moves to another optimizer.
+
+        Args:
+            optimizer: the optimizer itself, no wrapper.
+            model: whose outputs every backward pass starts from. Reentrant checkpointing runs a backward pass within
+                the backward pass for each segment; with the model they are looked at together, once.
+        """
         self.remove()
+        self._move(self._parameters[0].device)
+        if model is not None:
+            self._handles.append(model.register_forward_hook(self._on_output))
         for parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))  # type: ignore[no-untyped-call]
@@ -71,7 +78,7 @@ class GradientFilter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._queued = False
+        self._backward, self._whole = None, False
 
     def skipped(self) -> dict[str, int]:
         """Steps that each unit sat out; reads the device."""
@@ -91,9 +98,32 @@ class GradientFilter:
         self._skipped.copy_(torch.tensor([int(state["skipped"].get(name, 0)) for name in self.names]))
         self._exercised.copy_(torch.tensor([bool(state["exercised"].get(name, False)) for name in self.names]))
 
+    def _move(self, home: torch.device) -> None:
+        self._home = home
+        self._skipped, self._exercised = self._skipped.to(home), self._exercised.to(home)
+        self._bad, self._live = self._bad.to(home), self._live.to(home)
+        self._order_cache = {}
+
+    def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(self._on_begin)  # type: ignore[no-untyped-call]
+
+    def _on_begin(self, _: Tensor) -> None:
+        """The outermost backward pass begins: what it contains is looked at at its end."""
+        self._queue(whole=True)
+
     def _on_gradient(self, _: Tensor) -> None:
-        if not self._queued:
-            self._queued = True
+        self._unseen = True
+        if not self._whole:
+            self._queue(whole=False)
+
+    def _queue(self, *, whole: bool) -> None:
+        # Told apart by number: a backward pass that an exception ended leaves its mark, and must not stop the next one.
+        current = torch._C._current_graph_task_id()  # type: ignore[attr-defined, unused-ignore]
+        if current != self._backward:
+            self._backward, self._whole = current, whole
             _at_the_end_of_backward(self._after_reduction)
 
     def _after_reduction(self) -> None:
@@ -102,7 +132,7 @@ class GradientFilter:
         _at_the_end_of_backward(self._after_backward)
 
     def _after_backward(self) -> None:
-        self._queued = False
+        self._backward, self._whole = None, False
         self._unseen = True
         if GradientState().sync_gradients:  # the last micro-batch of the step: the others' sum is in the gradients
             self.check()
@@ -114,11 +144,8 @@ class GradientFilter:
         present = tuple(i for i, parameter in enumerate(self._parameters) if parameter.grad is not None)
         if not present:
             return
-        gradients = [self._gradient(i) for i in present]
-        # In float16 the norm itself could overflow.
-        dtype = torch.float32 if any(g.dtype == torch.float16 for g in gradients) else None
-        norms = torch.stack([n.to(self._home, torch.float32) for n in torch._foreach_norm(gradients, 2, dtype)])
-        units = self._units_of(present)
+        groups, units = self._ordered(present)
+        norms = torch.cat([self._norms(group) for group in groups])
         bad = torch.zeros(len(self.names), device=self._home)
         live = bad.clone()
         bad.index_add_(0, units, (~norms.isfinite()).float())
@@ -130,73 +157,59 @@ class GradientFilter:
             return
         self._bad |= bad > 0
         self._live = (live > 0) & ~self._bad
-        if not self._on_host:
-            self._clear_on_device(present, gradients)
-        elif bool(self._bad.any()):
-            for i, gradient in zip(present, gradients, strict=True):
-                if self._bad[self._unit_of[i]]:
-                    gradient.zero_()
+        self._found = bool(self._bad.any())  # the one wait for the device in a step
+        if self._found:
+            self._clear(present)
+
+    def _clear(self, present: Sequence[int]) -> None:
+        bad = self._bad.tolist()
+        for i in present:
+            if bad[self._unit_of[i]]:
+                self._gradient(i).zero_()
+
+    def _norms(self, group: Sequence[int]) -> Tensor:
+        """The norms of gradients of one device and dtype, in a handful of kernels however many they are."""
+        gradients = [self._gradient(i) for i in group]
+        # In float16 the norm itself could overflow.
+        dtype = torch.float32 if gradients[0].dtype == torch.float16 else None
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype)).to(self._home, torch.float32)  # type: ignore[arg-type, unused-ignore]
 
     def _gradient(self, index: int) -> Tensor:
         gradient = self._parameters[index].grad
         assert gradient is not None
         return local(gradient)
 
-    def _units_of(self, present: tuple[int, ...]) -> Tensor:
-        if present not in self._index_cache:
-            self._index_cache[present] = torch.tensor([self._unit_of[i] for i in present], device=self._home)
-        return self._index_cache[present]
-
-    def _clear_on_device(self, present: tuple[int, ...], gradients: list[Tensor]) -> None:
-        for i, gradient in zip(present, gradients, strict=True):
-            gradient.masked_fill_(self._bad[self._unit_of[i]].to(gradient.device, non_blocking=True), 0.0)
+    def _ordered(self, present: tuple[int, ...]) -> tuple[list[list[int]], Tensor]:
+        """The parameters with a gradient in groups of one device and dtype, and the unit of each in that order."""
+        if present not in self._order_cache:
+            groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+            for i in present:
+                gradient = self._gradient(i)
+                groups.setdefault((gradient.device, gradient.dtype), []).append(i)
+            units = [self._unit_of[i] for group in groups.values() for i in group]
+            self._order_cache[present] = (list(groups.values()), torch.tensor(units, device=self._home))
+        return self._order_cache[present]
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._unseen:  # a loop that accumulates by itself and told accelerate otherwise
             self.check()
-        if not self.protecting:
+        if not self._found:
             return
-        if self._on_host:
-            if bool(self._bad.any()):
-                for i, parameter in enumerate(self._parameters):
-                    if self._bad[self._unit_of[i]]:
-                        parameter.grad = None  # the optimizer passes over it: no decay, no momentum, no step count
-            return
-        self._saved = [(t, t.clone(), unit) for t, unit in self._tensors(optimizer)]
-        self._fresh = [i for i, parameter in enumerate(self._parameters) if not optimizer.state.get(parameter)]
-
-    def _tensors(self, optimizer: Optimizer) -> list[tuple[Tensor, int]]:
-        """Parameters and their optimizer state on their device, with the unit each belongs to."""
-        found: list[tuple[Tensor, int]] = []
+        bad = self._bad.tolist()
         for parameter, unit in zip(self._parameters, self._unit_of, strict=True):
-            found.append((local(parameter.data), unit))
-            found += [(t, unit) for t in _state_on_device(optimizer, parameter)]
-        return found
+            if bad[unit]:
+                parameter.grad = None  # the optimizer passes over it: no decay, no momentum, no step count
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for tensor, saved, unit in self._saved:
-            tensor.copy_(torch.where(self._bad[unit].to(tensor.device, non_blocking=True), saved, tensor))
-        for i in self._fresh if self._saved else []:
-            for tensor in _state_on_device(
-                optimizer, self._parameters[i]
-            ):  # it did not exist before: zero is untouched
-                tensor.masked_fill_(self._bad[self._unit_of[i]].to(tensor.device, non_blocking=True), 0)
-        self._saved, self._fresh = [], []
         self.steps += 1
         self._skipped += self._bad
         if any(float(group["lr"]) > 0 for group in optimizer.param_groups):
             self._exercised |= self._live & ~self._bad
         self._bad = torch.zeros_like(self._bad)
         self._live = torch.zeros_like(self._live)
-
-
-def _state_on_device(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    # AdamW that is neither fused nor capturable counts steps on the host: that count alone moves on in a skipped step.
-    state = optimizer.state.get(parameter, {})
-    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
-    return [tensor for tensor in tensors if tensor.device == parameter.device]
+        self._found = False
 
 
 def local(tensor: Tensor) -> Tensor:

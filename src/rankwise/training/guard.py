@@ -175,7 +175,7 @@ class Guard:
             self.gradients.load_state_dict(counters)
             self.gradients.protecting = protecting
         self._start = {name: (_copy(layer.lora_A), _copy(layer.lora_B)) for name, layer in self._layers.items()}
-        self.gradients.install(optimizer)
+        self.gradients.install(optimizer, self._model)
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """The checks at a logging step: losses, gradients, movement.
@@ -367,6 +367,12 @@ def _begin_faults(
         faults.append(
             f"the optimizer misses {len(missing)} of {len(wanted)} trainable parameters ({_some(missing)}): "
             "build it after attach, with session.optimizers(args, num_training_steps)"
+        )
+    if outside:
+        faults.append(
+            f"{len(outside)} parameters outside the adapter are trainable ({_some(outside)}): they would be trained "
+            "and exported nowhere; freeze them with requires_grad_(False), or attach with their module in "
+            "modules_to_save"
         )
     if outside:
         faults.append(
