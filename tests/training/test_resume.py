@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from rankwise.adapters.state import STATE_FILE
 from rankwise.errors import CheckpointError, ModelError
@@ -15,7 +17,7 @@ from rankwise.training.marker import MARKER, last_complete_checkpoint
 from rankwise.training.state import resume
 from tests.support.models import classification_batch, tiny_bert_classifier, tiny_gpt2, tiny_llama
 from tests.training.children import finish, start
-from tests.training.jobs import Job, factors, final, new_session, run, stopper, trainer_arguments
+from tests.training.jobs import Job, Rows, factors, final, new_session, run, stopper, trainer_arguments
 
 
 @pytest.mark.parametrize(("loop", "method"), [("trainer", "gora"), ("sft", "rora"), ("accelerate", "rora")])
@@ -171,3 +173,29 @@ def test_modules_that_are_trained_in_full_resume_bit_equal_too(tmp_path: Path):
     assert any("modules_to_save" in name and "classifier" in name for name in whole)
     assert whole.keys() == split.keys()
     assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # PEFT, of its own file
+def test_a_checkpoint_holds_the_adapter_alone_also_where_the_vocabulary_grew(tmp_path: Path):
+    """PEFT would put the resized embeddings beside the factors, which nothing trained and resume does not know."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def grown() -> LlamaForCausalLM:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(1)
+        model.resize_token_embeddings(model.config.vocab_size + 6)
+        return model
+
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    args = TrainingArguments(**trainer_arguments(Job(folder=str(tmp_path / "run"), save_steps=2)) | {"max_steps": 2})
+    session = attach(grown(), "lora", r=2, target_modules=["q_proj"])
+    trainer = Trainer(
+        session.model, args, train_dataset=Rows(), optimizers=session.optimizers(args, 2), callbacks=[session.callback()]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert all("lora_" in name for name in load_file(checkpoint / "adapter_model.safetensors"))
+    resumed = factors(resume(grown(), checkpoint))
+    assert all(torch.equal(value, resumed[name]) for name, value in factors(session).items())

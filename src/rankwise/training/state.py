@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rankwise.adapters.attach import attach_lora
-from rankwise.adapters.checkpoint import load_native, save_native
+from rankwise.adapters.checkpoint import WEIGHTS_FILE, load_native, save_native
 from rankwise.adapters.fingerprint import architecture_fingerprint, weights_fingerprint
 from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
 from rankwise.adapters.state import STATE_FILE, FoldState
@@ -104,7 +105,7 @@ def write_checkpoint(session: Session, folder: Path, *, optimizer: Any = None, s
     """A whole native checkpoint without Trainer: adapter, training state, our state, the marker last."""
     if process_index() == 0:
         unseal(folder)
-        save_native(session.model, folder, session.settings.adapter_name)
+        folder.mkdir(parents=True, exist_ok=True)
         if optimizer is not None:
             torch.save(unwrapped(optimizer).state_dict(), folder / _OPTIMIZER)
         if scheduler is not None:
@@ -115,13 +116,26 @@ def write_checkpoint(session: Session, folder: Path, *, optimizer: Any = None, s
 
 
 def seal_checkpoint(session: Session, folder: Path) -> None:
-    """Adds our state to a checkpoint that is otherwise written, and marks it complete once every process is done."""
+    """Writes the adapter and our state to a checkpoint, and marks it complete once every process is done."""
     _wait_for_all()
     if process_index() == 0:
         unseal(folder)
+        _write_adapter(session, folder)
         session.fold_state.save(folder / STATE_FILE)
         seal(folder, _content(session))
     _wait_for_all()
+
+
+def _write_adapter(session: Session, folder: Path) -> None:
+    """One writer for every loop: Trainer's own file (PEFT's) also holds embeddings that were resized, never trained."""
+    whole = all(
+        parameter.numel() and not isinstance(parameter, DTensor)
+        for layer in session.layers.values()
+        for parameter in (layer.lora_A, layer.lora_B)
+    )
+    # Of sharded factors this process holds a part: what Trainer gathered stays.
+    if whole or not (folder / WEIGHTS_FILE).exists():
+        save_native(session.model, folder, session.settings.adapter_name)
 
 
 def read_training_state(session: Session, folder: Path, optimizer: Any, scheduler: Any = None) -> Mapping[str, Any]:
