@@ -188,6 +188,40 @@ def test_a_layer_that_no_gradient_reached_is_named_and_no_failure():
     )
 
 
+@pytest.mark.parametrize("name", ["extra", "expertise"])
+def test_a_layer_that_the_loss_does_not_depend_on_fails_after_the_first_step(name: str):
+    model = tiny_llama()
+    model.model.add_module(name, torch.nn.Linear(32, 32))
+    session = attach(model, "lora", r=2)
+    optimizer = started(session)
+    with pytest.raises(HealthError, match=rf"no gradient reached 1 of \d+ layers .*'model.{name}'.*exclude_modules"):
+        step(session, optimizer, 1)
+
+
+def test_warm_up_at_rate_zero_does_not_hide_a_layer_out_of_reach():
+    model = tiny_llama()
+    model.model.extra = torch.nn.Linear(32, 32)
+    session = attach(model, "lora", r=2)
+    optimizer = started(session)
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(session, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    with pytest.raises(HealthError, match="health check 'reached' failed"):
+        step(session, optimizer, 2)
+
+
+def test_an_expert_that_routing_passed_over_is_not_exercised():
+    model = tiny_llama()
+    model.model.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+    session = attach(model, "lora", r=2)
+    optimizer = started(session)
+    step(session, optimizer, 1)
+    session.end(1)
+    check = check_of(session, "reached")
+    assert (session.health.status, check.status) == ("passed", "not exercised")
+    assert "model.experts.0" in check.message
+
+
 def test_a_run_in_which_nothing_had_a_gradient_fails():
     session = new_session(Job(folder="", dropout=0.0))
     optimizer = started(session)

@@ -43,6 +43,8 @@ class GradientFilter:
         self._exercised = zeros.to(torch.bool)
         self._bad = zeros.to(torch.bool)
         self._live = zeros.to(torch.bool)
+        self.untouched: tuple[str, ...] | None = None
+        """Units that had no gradient at all, not even zeros, in the first step at a learning rate above 0."""
         self._found = False
         self._backward: int | None = None
         self._whole = False
@@ -194,6 +196,9 @@ class GradientFilter:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._unseen:  # a loop that accumulates by itself and told accelerate otherwise
             self.check()
+        if self.untouched is None and _rate(optimizer) > 0:
+            touched = {self._unit_of[i] for i, p in enumerate(self._parameters) if p.grad is not None}
+            self.untouched = tuple(name for i, name in enumerate(self.names) if i not in touched)
         if not self._found:
             return
         bad = self._bad.tolist()
@@ -205,11 +210,15 @@ class GradientFilter:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.steps += 1
         self._skipped += self._bad
-        if any(float(group["lr"]) > 0 for group in optimizer.param_groups):
+        if _rate(optimizer) > 0:
             self._exercised |= self._live & ~self._bad
         self._bad = torch.zeros_like(self._bad)
         self._live = torch.zeros_like(self._live)
         self._found = False
+
+
+def _rate(optimizer: Optimizer) -> float:
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ device are read at logging steps only.
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -32,6 +33,8 @@ Figure = float | int | str | None
 SKIPPED_SHARE: Final = 0.1
 """The share of its steps that a pair may sit out for non-finite gradients (one step is always forgiven)."""
 _NAMES_SHOWN: Final = 3
+_EXPERT: Final = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
+_LAYER_DROP: Final = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Guard:
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
         self._moved: dict[str, bool] = {}
         self._losses: tuple[float, float] | None = None
+        self._looked = False
         self.finished = False
         self.folder: Path | None = None
         """Where health.json goes when a check fails; the callback sets it to the run's output folder."""
@@ -176,6 +180,40 @@ class Guard:
             self.gradients.protecting = protecting
         self._start = {name: (_copy(layer.lora_A), _copy(layer.lora_B)) for name, layer in self._layers.items()}
         self.gradients.install(optimizer, self._model)
+
+    def stepped(self) -> None:
+        """After each step: once the learning rate was above 0, every layer has had a gradient, or may be passed over.
+
+        A layer that the loss does not depend on has none, not even zeros. Routing may pass over experts, and LayerDrop
+        over any layer, in one step: those wait for the end of the run.
+
+        Raises:
+            HealthError: the loss does not depend on a layer.
+        """
+        untouched = self.gradients.untouched
+        if not untouched or self._looked:
+            return
+        self._looked = True
+        exercised = self.gradients.exercised()  # a resumed run knows more than its first step
+        dropping = any(float(getattr(c, n, 0) or 0) > 0 for c in _configurations(self._model) for n in _LAYER_DROP)
+        idle = [
+            n for n in untouched if n in self._layers and not exercised[n] and not dropping and not _EXPERT.search(n)
+        ]
+        if not idle:
+            return
+        reached = len(self._layers) - len(untouched)
+        self.settle(
+            HealthCheck(
+                id="reached",
+                stage="before",
+                status="failed",
+                measured=reached,
+                limit=len(self._layers),
+                message=f"no gradient reached {len(idle)} of {len(self._layers)} layers in the first step "
+                f"({_some(idle)})",
+                advice="the loss does not depend on them: leave them out with exclude_modules",
+            )
+        )
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """The checks at a logging step: losses, gradients, movement.
@@ -374,12 +412,6 @@ def _begin_faults(
             "and exported nowhere; freeze them with requires_grad_(False), or attach with their module in "
             "modules_to_save"
         )
-    if outside:
-        faults.append(
-            f"{len(outside)} parameters outside the adapter are trainable ({_some(outside)}): they would be trained "
-            "and exported nowhere; freeze them with requires_grad_(False), or attach with their module in "
-            "modules_to_save"
-        )
     if planned is not None and max_steps > planned:
         faults.append(
             f"the run makes {max_steps} steps but its learning-rate schedule was built for {planned}: the rest would "
@@ -397,6 +429,10 @@ def _update_norm(layer: AdaptedLayer) -> float:
         (p.full_tensor() if isinstance(p, DTensor) else p).detach().float() for p in (layer.lora_A, layer.lora_B)
     )
     return abs(layer.scaling) * product_norm(lora_A, lora_B)
+
+
+def _configurations(model: nn.Module) -> Iterator[object]:
+    return (m.config for m in model.modules() if hasattr(m, "config"))
 
 
 def _some(names: list[str]) -> str:

@@ -185,11 +185,16 @@ class Session:
             schedule.before_optimizer_step(step)
 
     def after_step(self, step: int) -> None:
-        """After the optimizer, before logging, evaluation and saving."""
+        """After the optimizer, before logging, evaluation and saving.
+
+        Raises:
+            HealthError: after the first step at a learning rate above 0, if no gradient reached a layer.
+        """
         for schedule in self.schedules:
             schedule.after_step(step)
         self.step = step
         self._steps_seen += 1
+        self.health.stepped()
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """At a logging step: the guard looks at `loss` and `grad_norm` and at its counters.
