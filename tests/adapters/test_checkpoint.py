@@ -10,7 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from rankwise.adapters.attach import adapted_layers, attach_lora, modules_saved, write_factors
-from rankwise.adapters.checkpoint import load_native, read_adapter_config, read_safetensors, save_native
+from rankwise.adapters.checkpoint import (
+    load_native,
+    read_adapter_config,
+    read_safetensors,
+    save_native,
+    write_safetensors,
+)
 from rankwise.adapters.targets import resolve_targets
 from rankwise.errors import ArtifactError, ExportError
 from rankwise.ranks.plan import RankPlan
@@ -241,3 +247,11 @@ def test_a_missing_config_or_folder_is_an_artifact_error(tmp_path):
         read_adapter_config(tmp_path / "nowhere")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8}))
     assert read_adapter_config(tmp_path) == {"r": 8}
+
+
+def test_tensor_files_are_as_readable_as_any_other_new_file(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    write_safetensors(tmp_path / "new.safetensors", {"a": torch.ones(2)}, {"format": "pt"})
+    assert (tmp_path / "new.safetensors").stat().st_mode == plain.stat().st_mode
+    assert torch.equal(read_safetensors(tmp_path / "new.safetensors")["a"], torch.ones(2))

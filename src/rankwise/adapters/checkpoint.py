@@ -15,7 +15,15 @@ from torch import Tensor
 from rankwise.adapters.attach import adapter_tensors, peft_model_of
 from rankwise.errors import ArtifactError, ExportError
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_native", "read_adapter_config", "read_safetensors", "save_native"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "load_native",
+    "read_adapter_config",
+    "read_safetensors",
+    "save_native",
+    "write_safetensors",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,13 +55,30 @@ def save_native(model: PeftModel, folder: str | os.PathLike[str], adapter_name: 
     staged = target / f".{WEIGHTS_FILE}.{os.getpid()}.part"
     # Clones: a saved module may be tied to another, and safetensors refuses shared memory.
     saved = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(saved, staged, metadata={"format": "pt"})
+    write_safetensors(staged, saved, {"format": "pt"})
     staged.replace(target / WEIGHTS_FILE)
     staged_config = target / f".{CONFIG_FILE}.{os.getpid()}.part"
     staged_config.write_text(
         json.dumps(_config_dict(peft_model, adapter_name), indent=2, sort_keys=True), encoding="utf-8"
     )
     staged_config.replace(target / CONFIG_FILE)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors with the access rights of any other new file; safetensors' own let only the owner read.
+
+    Args:
+        path: the file, new or to be overwritten.
+        tensors: contiguous, without shared memory.
+        metadata: the header's text entries.
+    """
+    target = Path(path)
+    target.touch()
+    mode = target.stat().st_mode
+    save_file(dict(tensors), target, metadata=None if metadata is None else dict(metadata))
+    target.chmod(mode)
 
 
 def load_native(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -8,10 +8,9 @@ from typing import Self
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.adapters.checkpoint import read_safetensors
+from rankwise.adapters.checkpoint import read_safetensors, write_safetensors
 from rankwise.errors import ArtifactError
 
 __all__ = ["STATE_FILE", "FactorPair", "FoldState"]
@@ -65,7 +64,7 @@ class FoldState:
         tensors = self.tensors() | {f"method.{name}": tensor for name, tensor in (method or {}).items()}
         target = Path(path)
         staged = target.with_name(f".{target.name}.{os.getpid()}.part")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, staged)
+        write_safetensors(staged, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         staged.replace(target)
 
     @classmethod

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.adapters.checkpoint import read_safetensors
+from rankwise.adapters.checkpoint import read_safetensors, write_safetensors
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.errors import ExportError, VerificationError
 from rankwise.export.fold import FoldedAdapter
@@ -166,7 +165,7 @@ def save_merged(merged: MergedWeights, base: nn.Module, folder: Path) -> None:
     """
     save = getattr(base, "save_pretrained", None)
     if save is None:
-        save_file({key: tensor.clone() for key, tensor in merged.tensors.items()}, folder / "model.safetensors")
+        write_safetensors(folder / "model.safetensors", {key: t.clone() for key, t in merged.tensors.items()})
         return
     config = base.config
     before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}

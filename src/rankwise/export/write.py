@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankwise.adapters.checkpoint import write_safetensors
 from rankwise.adapters.state import STATE_FILE, FoldState
 from rankwise.errors import ConfigError, ExportError, OutputError, VerificationError
 from rankwise.export.consumers import ConsumerVerdict, consumers_of, refuse_consumers, tgi_rank
@@ -291,7 +291,7 @@ def _write_adapter(job: _Job, folded: FoldedAdapter, check: Callable[[Path], Ver
     files = _built(job, folded)
 
     def write(stage: Path) -> None:
-        save_file(dict(files.tensors), stage / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_safetensors(stage / WEIGHTS_FILE, files.tensors, {"format": "pt"})
         text = json.dumps(files.config, indent=2, sort_keys=True)
         (stage / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
