@@ -253,3 +253,37 @@ def test_a_method_that_is_its_scaling_takes_no_plan_with_another():
         attach(tiny_llama(), "rora", plan=made)
     session = attach(tiny_llama(), "rora", plan=replace(made, scaling_rule=ScalingRule.ALPHA_OVER_SQRT_RANK))
     assert {layer.scaling for layer in session.layers.values()} == {8.0}
+
+
+def with_an_unused_layer() -> torch.nn.Module:
+    model = tiny_llama()
+    model.model.spare = torch.nn.Linear(16, 16)
+    return model
+
+
+def test_a_layer_without_gradient_is_an_error_that_the_user_can_allow(tmp_path: Path):
+    source = Calibration(batches=BATCHES, cache=tmp_path / "statistics.safetensors")
+    with pytest.raises(CalibrationError, match="on_unused='min'"):
+        attach(with_an_unused_layer(), GoRA(), r=4, calibration=source)
+    session = attach(with_an_unused_layer(), GoRA(), r=4, calibration=replace(source, on_unused="min"))
+    assert session.plan["model.spare"].rank == 2  # r_min
+    assert not session.layers["model.spare"].lora_B.detach().any()
+    with pytest.raises(CalibrationError, match="another settings"):
+        attach(with_an_unused_layer(), GoRA(), r=4, calibration=source)
+
+
+def test_gradients_that_are_all_zero_are_an_error_that_the_user_can_allow():
+    def still(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        return model(**batch).loss * 0.0, 1.0
+
+    with pytest.raises(CalibrationError, match="every gradient is zero"):
+        attach(tiny_llama(), GoRA(), r=4, calibration=BATCHES, loss=still)
+    session = attach(tiny_llama(), GoRA(), r=4, calibration=Calibration(batches=BATCHES, on_zero="uniform"), loss=still)
+    assert len({layer.importance for layer in session.plan.layers}) == 1
+    assert any("equal shares" in note for note in session.plan.notes)
+    assert not any(bool(layer.lora_B.detach().any()) for layer in session.layers.values())
+
+
+def test_what_calibration_may_allow_is_checked():
+    with pytest.raises(ConfigError, match=r"calibration\.on_unused is 'max': allowed are error and min"):
+        Calibration(batches=[], on_unused="max")

@@ -191,7 +191,11 @@ def test_a_checkpoint_holds_the_adapter_alone_also_where_the_vocabulary_grew(tmp
     args = TrainingArguments(**trainer_arguments(Job(folder=str(tmp_path / "run"), save_steps=2)) | {"max_steps": 2})
     session = attach(grown(), "lora", r=2, target_modules=["q_proj"])
     trainer = Trainer(
-        session.model, args, train_dataset=Rows(), optimizers=session.optimizers(args, 2), callbacks=[session.callback()]
+        session.model,
+        args,
+        train_dataset=Rows(),
+        optimizers=session.optimizers(args, 2),
+        callbacks=[session.callback()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

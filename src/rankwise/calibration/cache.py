@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +46,8 @@ def statistics_fingerprint(
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     loss: Loss | None = None,
+    on_unused: Literal["error", "min"] = "error",
+    on_zero: Literal["error", "uniform"] = "error",
     data_identity: str = "",
 ) -> str:
     """What the statistics of a `collect` call with these arguments depend on, as a line of named short hashes.
@@ -66,6 +68,8 @@ def statistics_fingerprint(
         seed: the run's seed.
         autocast_dtype: the training's autocast.
         loss: the loss, None for the model's own.
+        on_unused: what was allowed, so that a run that allows less does not pass by reading what a freer one kept.
+        on_zero: likewise.
         data_identity: anything else that tells these batches from others.
 
     Returns:
@@ -74,7 +78,7 @@ def statistics_fingerprint(
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     kept = [request.gradient, request.projection is not None, request.left_projection is not None]
     asked = [request.score is not None, request.score_is_row_mean, request.stop is not None, request.identity]
-    settings = [memory, token_weighted, train_mode, sample_share, seed, str(autocast_dtype), dtypes]
+    settings = [memory, token_weighted, train_mode, sample_share, seed, str(autocast_dtype), dtypes, on_unused, on_zero]
     parts = {
         "model": [architecture_fingerprint(model), weights_fingerprint(model)],
         "data": [data_identity, max_batches, _hash_of(batches[:max_batches])],

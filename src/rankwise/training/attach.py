@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ class Calibration:
         token_weighted: weight batches by label tokens, as the loss over all of them would; otherwise a plain mean.
         cache: a file that keeps the statistics for the next time, or None.
         data_identity: what tells these batches from others, in the cache's fingerprint.
+        on_unused: `min` allows targets that some batch does not reach (experts, branches); the default is an error.
+        on_zero: `uniform` goes on with gradients that are all zero, the method deciding by equal importances; the
+            default is an error.
         on_batch: called with the number of batches done and their total, if it is known.
     """
 
@@ -63,6 +66,8 @@ class Calibration:
     token_weighted: bool = True
     cache: str | PathLike[str] | None = None
     data_identity: str = ""
+    on_unused: Literal["error", "min"] = "error"
+    on_zero: Literal["error", "uniform"] = "error"
     on_batch: OnBatch | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +76,9 @@ class Calibration:
             faults.append(f"calibration.max_batches is {self.max_batches}: it must be at least 1")
         if not 0 < self.sample_share <= 1:
             faults.append(f"calibration.sample_share is {self.sample_share}: it must be above 0 and at most 1")
+        for key, known in (("on_unused", ("error", "min")), ("on_zero", ("error", "uniform"))):
+            if getattr(self, key) not in known:
+                faults.append(f"calibration.{key} is {getattr(self, key)!r}: allowed are {' and '.join(known)}")
         if faults:
             raise ConfigError(faults)
 
@@ -370,6 +378,8 @@ def _collect(job: _Job, calibration: Calibration, request: StatisticsRequest, lo
         "seed": job.seed,
         "autocast_dtype": c.autocast_dtype,
         "loss": loss,
+        "on_unused": c.on_unused,
+        "on_zero": c.on_zero,
     }
     batches = list(c.batches)
     if c.cache is None:

@@ -51,6 +51,8 @@ class CalibrationConfig(BaseModel):
         collector: `param`, `outer`, or `auto` by the base model.
         sample_share: the share of rows behind the importance under `sampled`.
         train_mode: whether dropout is active during calibration.
+        on_unused: `min` allows targets that some batch does not reach; by default that is an error.
+        on_zero: `uniform` goes on where every gradient is zero; by default that is an error.
         cache: whether statistics are kept in the output folder and read again when nothing that matters changed.
     """
 
@@ -61,6 +63,8 @@ class CalibrationConfig(BaseModel):
     collector: Literal["auto", "outer", "param"] = "auto"
     sample_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     train_mode: bool = False
+    on_unused: Literal["error", "min"] = "error"
+    on_zero: Literal["error", "uniform"] = "error"
     cache: bool = True
 
 

@@ -151,6 +151,8 @@ def calibration(job: Job, listener: Listener, cache: Path | None) -> "Calibratio
         train_mode=said.train_mode,
         sample_share=said.sample_share,
         autocast_dtype=autocast_dtype(job.arguments),
+        on_unused=said.on_unused,
+        on_zero=said.on_zero,
         cache=cache if said.cache else None,
         on_batch=progress,
     )
