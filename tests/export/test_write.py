@@ -188,7 +188,7 @@ def test_a_write_that_fails_leaves_nothing_behind(llama, tmp_path, monkeypatch):
     def fail(*arguments, **keywords):
         raise OSError("disk full")
 
-    monkeypatch.setattr(write, "save_file", fail)
+    monkeypatch.setattr(write, "write_safetensors", fail)
     with pytest.raises(OSError, match="disk full"):
         export_adapter(model, tmp_path / "a", plan=plan)
     assert list(tmp_path.iterdir()) == []
