@@ -178,7 +178,7 @@ _ONE, _FOUR, _SIXTEEN = (4.5e-3, 6e-3, 9e-3), (3e-3, 4.5e-3, 6e-3), (1.5e-3, 3e-
 ARMS: tuple[Arm, ...] = (
     Arm("uniform-r1", "uniform, r = 1", 1, _ONE, _uniform, None),
     Arm("uniform-r16", "uniform, r = 16", 16, _SIXTEEN, _uniform, "uniform-r1"),
-    Arm("gora", "GoRA: ranks and start", 1, _ONE, _gora_whole(own_scale=False), "uniform-r1"),
+    Arm("gora", "GoRA: ranks and start, mean r = 1", 1, _ONE, _gora_whole(own_scale=False), "uniform-r1"),
     Arm("gora-allocation", "GoRA's ranks alone", 1, _ONE, _gora_allocation, "uniform-r1"),
     Arm("gora-initialization", "GoRA's start alone", 1, _ONE, _gora_start, "uniform-r1"),
     Arm("inverse", "inverse of GoRA's importance", 1, _ONE, _inverse, "uniform-r1"),
@@ -192,6 +192,6 @@ ARMS: tuple[Arm, ...] = (
         "uniform-r1",
     ),
     Arm("uniform-r4", "uniform, r = 4", 4, _FOUR, _uniform, "uniform-r1"),
-    Arm("gora-r4", "GoRA: ranks and start", 4, _FOUR, _gora_whole(own_scale=False), "uniform-r4"),
+    Arm("gora-r4", "GoRA: ranks and start, mean r = 4", 4, _FOUR, _gora_whole(own_scale=False), "uniform-r4"),
     Arm("gora-own-scale", "GoRA with its own scale", 1, _ONE, _gora_whole(own_scale=True), "uniform-r1"),
 )
