@@ -20,7 +20,7 @@ from rankwise.training.session import Session
 from rankwise.training.signals import StopRequest
 from rankwise.training.state import resume
 from tests.support.models import tiny_llama
-from tests.training.jobs import Job, Rows, factors, final, new_session, run, trainer_arguments
+from tests.training.jobs import LOOPS, Job, Rows, factors, final, new_session, run, trainer_arguments
 
 
 class Recorder:
@@ -267,3 +267,42 @@ def test_a_resumed_session_has_the_factors_of_the_checkpoint(tmp_path: Path):
     session = resume(tiny_llama(), tmp_path / "checkpoint-2")
     stored = final(tmp_path)
     assert all(torch.equal(value, stored[name]) for name, value in factors(session).items())
+
+
+def test_an_adapter_that_sfttrainer_rounded_on_a_quantized_base_trains_and_resumes_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # TRL rounds where the base says that it is quantized; this base only says so, and Trainer must not hear of it.
+    monkeypatch.setattr(Trainer, "__init__", _not_quantized(Trainer.__init__))
+    folder = str(tmp_path)
+    session = new_session(Job(folder=folder, loop="sft", dropout=0.0))
+    start = factors(session)
+    session.model.is_loaded_in_4bit = True
+    job = Job(folder=folder, loop="sft", dropout=0.0, steps=2, save_steps=1, keep=None)
+    rounded = []
+    keep = session.keep_precision
+    monkeypatch.setattr(session, "keep_precision", lambda: (rounded.append(_dtypes(session)), keep()))
+    begin = session.begin
+    seen = {}
+    monkeypatch.setattr(session, "begin", lambda *x: (begin(*x), seen.update(factors(session))))
+    LOOPS["sft"](job, session, None)
+    assert {torch.bfloat16} in rounded
+    assert all(torch.equal(seen[name], start[name]) for name in start)
+    assert _dtypes(session) == {torch.float32}
+    assert [note for note in session.notes if "had been rounded to bfloat16 after attach" in note]
+    again = resume(tiny_llama(), tmp_path / "checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(factors(again).values(), factors(session).values(), strict=True))
+
+
+def _dtypes(session: Session) -> set[torch.dtype]:
+    return {layer.lora_A.dtype for layer in session.layers.values()}
+
+
+def _not_quantized(built: Any) -> Any:
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        if hasattr(model, "is_loaded_in_4bit"):
+            del model.is_loaded_in_4bit
+        built(self, *args, **kwargs)
+
+    return build

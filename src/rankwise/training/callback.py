@@ -69,6 +69,10 @@ class SessionCallback(TrainerCallback):
         self._keep: int | None = None
         self._surplus = False
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What the trainer rounded while it was built is put back before anything is loaded into it."""
+        self.session.keep_precision()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -18,6 +18,7 @@ from rankwise.methods.recipe import Recipe
 from rankwise.ranks.plan import RankPlan
 from rankwise.training.guard import Guard, HealthCheck
 from rankwise.training.optimizers import adamw_and_scheduler, unwrapped
+from rankwise.training.precision import KeptPrecision
 from rankwise.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Session:
         self.notes = tuple(notes)
         self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
         self.health = Guard(self.layers, model, calibrated=calibration.batches if calibration else 0)
+        self._precision = KeptPrecision(model)
         self._planned_steps: int | None = None
         self._steps_seen = 0
         self._steps_before = 0
@@ -136,6 +138,7 @@ class Session:
         Raises:
             ConfigError: a learning rate of 0, no steps, or an optimizer that is not AdamW.
         """
+        self.keep_precision()
         built = adamw_and_scheduler(self.model, args, num_training_steps)
         decays = str(getattr(args, "lr_scheduler_type", "linear")).rpartition(".")[2].lower()
         self._planned_steps = None if decays.startswith("constant") else num_training_steps
@@ -156,12 +159,26 @@ class Session:
         self._callbacks.append(made)
         return made
 
+    def keep_precision(self) -> None:
+        """Puts factors back that a trainer rounded after attach, with a note; `optimizers` and `begin` do it too.
+
+        The callback calls it before Trainer loads an optimizer's state, which takes its precision from the parameters.
+
+        Raises:
+            ConfigError: FSDP shards what was rounded.
+        """
+        done = self._precision.put_back()
+        if done is not None:
+            self.notes = (*self.notes, done)
+
     def begin(self, optimizer: Any, max_steps: int) -> None:
         """Before the first step: the guard's checks, then every schedule; the optimizer may be wrapped.
 
         Raises:
             ConfigError: the optimizer, its learning rate or the schedule does not fit the run.
         """
+        self.keep_precision()
+        self._precision.forget()
         inner = unwrapped(optimizer)
         self.health.gradients.protecting = getattr(optimizer, "scaler", None) is None
         self.health.begin(inner, max_steps, self._planned_steps)
