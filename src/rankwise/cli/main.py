@@ -5,6 +5,7 @@ failed after it began; 130 interrupted. Nothing here or at the top of a verb's f
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -71,6 +72,8 @@ def _report_error(error: RankwiseError, as_json: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command line and leave with its exit code."""
+    # Read by OpenMP when torch loads it: on a busy machine two spinning threads are many times slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = _with_optional_values(sys.argv[1:] if arguments is None else arguments)
     try:
         app(words, prog_name="rankwise")
