@@ -1,6 +1,7 @@
 import io
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,9 @@ def test_any_plan_fits_any_width(names: list[str], width: int) -> None:
     plan = RankPlan.from_shapes(shapes, [place % 250 for place in range(len(names))], r=250, lora_alpha=8)
     lines = printed(render.plan_view(plan), width).splitlines()
     assert max(cell_len(line) for line in lines) <= width
+
+
+def test_a_plan_over_its_budget_says_so_beside_the_bar():
+    over = replace(BERT, budget=BERT.parameters * 4 // 5, overspend_allowed=True)
+    assert re.search(r"125\.0%.*over budget by 25\.0%", printed(render.plan_summary(over), 160))
+    assert "over budget" not in printed(render.plan_summary(BERT), 160)

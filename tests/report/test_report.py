@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -211,6 +212,13 @@ def test_a_plan_without_importance_has_no_importance_section(tmp_path: Path) -> 
     page = report(sample.write_run(tmp_path, plan))
     assert "importance" not in page.sections
     assert any("all of rank 8" in text for text in page.texts)
+
+
+def test_a_plan_over_its_budget_is_shown_as_such(tmp_path: Path) -> None:
+    plan = sample.uneven_plan(sample.bert_shapes())
+    over = replace(plan, budget=plan.parameters * 4 // 5, overspend_allowed=True)
+    assert "over budget by 25.0 %" in report(sample.write_run(tmp_path / "over", over)).texts
+    assert not any("over budget" in text for text in report(sample.write_run(tmp_path / "within", plan)).texts)
 
 
 @pytest.mark.parametrize("name", ["rankwise.json", "plan.json", "metrics.jsonl", "health.json"])

@@ -287,3 +287,22 @@ def test_gradients_that_are_all_zero_are_an_error_that_the_user_can_allow():
 def test_what_calibration_may_allow_is_checked():
     with pytest.raises(ConfigError, match=r"calibration\.on_unused is 'max': allowed are error and min"):
         Calibration(batches=[], on_unused="max")
+
+
+@pytest.mark.parametrize("rank_mode", ["paper", "official"])
+def test_a_published_rule_that_overspends_is_told_against_the_uniform_budget(rank_mode: str, tmp_path: Path):
+    made = plan(tiny_llama(), GoRA(rank_mode=rank_mode, r_min=4), r=4, calibration=BATCHES)
+    assert made.budget == uniform_budget([layer.shape for layer in made.layers], 4) < made.parameters
+    assert made.over_budget == made.parameters / made.budget - 1
+    assert f"over budget by {made.over_budget:.1%}" in str(made)
+    assert any(f"warning: over budget by {made.over_budget:.1%}" in note for note in made.notes)
+    made.save(tmp_path / "plan.json")
+    assert RankPlan.load(tmp_path / "plan.json") == made
+
+
+def test_the_exact_rule_may_not_overspend_by_hand_either(tmp_path: Path):
+    made = plan(tiny_llama(), GoRA(), r=4, calibration=BATCHES)
+    assert made.over_budget == 0
+    assert not made.overspend_allowed
+    with pytest.raises(PlanError, match=r"above .budget."):
+        made.with_ranks(dict.fromkeys(made.ranks, 6))

@@ -222,7 +222,9 @@ class BudgetLine:
         full = math.floor(length * min(1.0, share))
         on, off = ("#", "-") if options.ascii_only else ("█", "░")
         figures = f" {share:.1%}  {self.used:,} of {self.allowed:,} parameters"
-        line = Text.assemble("budget ", (on * full, "cyan"), (off * (length - full), "dim"), (figures, "bold"))
+        over = f", over budget by {share - 1:.1%}" if self.used > self.allowed else ""
+        bar = Text.assemble("budget ", (on * full, "cyan"), (off * (length - full), "dim"))
+        line = Text.assemble(bar, (figures, "bold"), (over, "bold yellow"))
         setting = Text(f"({self.setting})", style="dim")
         if len(line) + len(setting) + 1 <= options.max_width:
             yield Text.assemble(line, " ", setting)

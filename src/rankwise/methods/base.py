@@ -70,12 +70,14 @@ class Allocation:
         importance: one a layer, in the allocator's own unit; None if nothing was measured.
         reasons: one a layer, a few words.
         notes: remarks on the whole.
+        overspend_allowed: whether the ranks may cost more than the budget, as published rules that keep none do.
     """
 
     ranks: tuple[int, ...]
     importance: tuple[float, ...] | None
     reasons: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    overspend_allowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,8 @@ class GoRA(Method):
             ranks=ranks,
             importance=tuple(shares),
             reasons=reasons,
-            notes=(_summary(ranks, layers, spent, budget, r_min, r_max), *notes),
+            notes=(*_summary(ranks, layers, spent, budget, r_min, r_max), *notes),
+            overspend_allowed=self.rank_mode != "exact",
         )
 
     def scaling_rule(self) -> ScalingRule:
@@ -491,10 +492,16 @@ def _reason(rank: int, share: float, layer: LayerShape, r_min: int, r_max: int) 
 
 def _summary(
     ranks: Sequence[int], layers: Sequence[LayerShape], spent: int, budget: Budget, r_min: int, r_max: int
-) -> str:
+) -> tuple[str, ...]:
     capped = sum(rank == min(r_max, layer.max_rank) for rank, layer in zip(ranks, layers, strict=True))
     floored = sum(rank <= r_min for rank in ranks)
-    return (
+    told: tuple[str, ...] = (
         f"gora: {spent} of {budget.parameters} parameters ({spent / budget.parameters:.3f}); of {len(layers)} layers "
-        f"{floored} at r_min {r_min} and {capped} at the cap {r_max} or their size"
+        f"{floored} at r_min {r_min} and {capped} at the cap {r_max} or their size",
     )
+    if spent > budget.parameters:
+        told += (
+            f"gora: warning: over budget by {spent / budget.parameters - 1:.1%}, which this rank_mode does not keep; "
+            "use rank_mode: exact to compare with a uniform LoRA of the same size",
+        )
+    return told

@@ -78,6 +78,7 @@ class RankPlan:
         seed: the run's seed.
         model: the base model that the plan was made for.
         notes: remarks on the plan as a whole.
+        overspend_allowed: whether the ranks may cost more than the budget: the rule of the method keeps none.
 
     Raises:
         PlanError: a rank outside 0 to min(in, out), a layer named twice, no layer, or more parameters than the budget;
@@ -93,10 +94,11 @@ class RankPlan:
     seed: int = 0
     model: ModelIdentity = ModelIdentity()
     notes: tuple[str, ...] = ()
+    overspend_allowed: bool = False
 
     def __post_init__(self) -> None:
         faults = _setting_faults(self.r, self.lora_alpha) + _layer_faults(self.layers)
-        faults = faults or _budget_faults(self.layers, self.budget)
+        faults = faults or _budget_faults(self.layers, self.budget, self.overspend_allowed)
         if faults:
             raise PlanError(_shortened(faults))
 
@@ -116,6 +118,7 @@ class RankPlan:
         importance: Sequence[float] | None = None,
         reasons: Sequence[str] | None = None,
         notes: Sequence[str] = (),
+        overspend_allowed: bool = False,
     ) -> "RankPlan":
         """A plan from layers and their ranks; the budget defaults to a uniform LoRA of rank `r` on these layers."""
         layers = tuple(
@@ -139,6 +142,7 @@ class RankPlan:
             seed=seed,
             model=model or ModelIdentity(),
             notes=tuple(notes),
+            overspend_allowed=overspend_allowed,
         )
 
     @cached_property
@@ -164,6 +168,11 @@ class RankPlan:
     def parameters(self) -> int:
         """The live parameters of lora_A and lora_B over all layers."""
         return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def over_budget(self) -> float:
+        """By which share of the budget the parameters exceed it; 0.0 within it."""
+        return max(0.0, self.parameters / self.budget - 1.0) if self.budget else 0.0
 
     def scaling(self, name: str) -> float:
         """The multiplier of lora_B @ lora_A in one layer; 0.0 where the rank is 0."""
@@ -217,6 +226,8 @@ class RankPlan:
             "seed": self.seed,
             "notes": list(self.notes),
         }
+        if self.overspend_allowed:
+            head["overspend_allowed"] = True
         lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
         layers = [f"    {json.dumps(asdict(layer), ensure_ascii=False)}" for layer in self.layers]
         lines.append('  "layers": [\n' + ",\n".join(layers) + "\n  ]")
@@ -242,7 +253,7 @@ class RankPlan:
         layers = tuple(LayerPlan(**fields) for fields in read)
         faults += _layer_faults(layers) if layers or not faults else []
         if not faults:
-            faults = _budget_faults(layers, settings["budget"])
+            faults = _budget_faults(layers, settings["budget"], settings.get("overspend_allowed", False))
         if faults:
             raise PlanError(_shortened([f"{source}: {fault}" for fault in faults]))
         settings["scaling_rule"] = ScalingRule(settings["scaling_rule"])
@@ -323,9 +334,10 @@ class RankPlan:
             cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, 6)] + [row[6]]
             lines.append("  ".join(cells).rstrip())
         share = self.parameters / self.budget if self.budget else 0.0
+        over = f", over budget by {self.over_budget:.1%}" if self.over_budget else ""
         lines.append(
-            f"{self.parameters:,} of {self.budget:,} parameters ({share:.1%}), {'+'.join(self.methods)}, r {self.r}, "
-            f"lora_alpha {self.lora_alpha:g}, scaling {self.scaling_rule}"
+            f"{self.parameters:,} of {self.budget:,} parameters ({share:.1%}{over}), {'+'.join(self.methods)}, "
+            f"r {self.r}, lora_alpha {self.lora_alpha:g}, scaling {self.scaling_rule}"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -347,9 +359,9 @@ def _layer_faults(layers: Sequence[LayerPlan]) -> list[str]:
     return faults + [f"layer {name!r} appears {n} times: keep one" for name, n in counts.items() if n > 1]
 
 
-def _budget_faults(layers: Sequence[LayerPlan], budget: int) -> list[str]:
+def _budget_faults(layers: Sequence[LayerPlan], budget: int, overspend_allowed: bool) -> list[str]:
     used = sum(layer.parameters for layer in layers)
-    if used <= budget:
+    if used <= budget or overspend_allowed:
         return []
     return [
         f'the ranks cost {used} parameters, {used - budget} above "budget": {budget}; lower some ranks, or set '

@@ -28,10 +28,11 @@ _SETTINGS = (
     "budget",
     "seed",
     "notes",
+    "overspend_allowed",
     "layers",
 )
 _LAYER = ("name", "out_features", "in_features", "rank", "importance", "reason")
-_OPTIONAL = ("notes", "importance", "reason")
+_OPTIONAL = ("notes", "overspend_allowed", "importance", "reason")
 
 
 def parse(text: str, source: str) -> Fields:
@@ -81,6 +82,7 @@ def read_settings(data: Fields, faults: Faults) -> Fields:
         "budget": (_at_least(0), "a whole number of parameters >= 0"),
         "seed": (_whole, "a whole number"),
         "notes": (_texts, "a list of texts"),
+        "overspend_allowed": (lambda v: isinstance(v, bool), "true or false"),
     }
     return _checked(data, checks, "", faults)
 

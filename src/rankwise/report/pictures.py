@@ -104,6 +104,7 @@ def rank_section(run: Run) -> dict[str, object] | None:
         ],
         "used": spent,
         "allowed": plan.budget,
+        "over": max(0.0, spent / max(1, plan.budget) - 1),
         "rows": [(layer, final[layer.name], plan.scaling(layer.name)) for layer in plan.layers],
         "changed": bool(run.changes),
         "notes": plan.notes,

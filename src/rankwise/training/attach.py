@@ -256,12 +256,13 @@ class _Job:
             lora_alpha=self.budget.lora_alpha,
             scaling_rule=self.recipe.scale.scaling_rule(),
             methods=self.recipe.ids,
-            budget=max(self.budget.parameters, _cost(self.shapes, allocation.ranks)),
+            budget=self.budget.parameters,
             seed=self.seed,
             model=self.identity,
             importance=allocation.importance,
             reasons=allocation.reasons,
             notes=(*self.notes, *allocation.notes, *self.recipe.notes(ranks, self.budget)),
+            overspend_allowed=allocation.overspend_allowed,
         )
         assert_equal_everywhere(made.hash(), "the rank plan")
         return made
@@ -442,10 +443,6 @@ def _identity(model: nn.Module) -> ModelIdentity:
     return ModelIdentity(
         name=Path(name).name if Path(name).is_dir() else name, fingerprint=architecture_fingerprint(model)
     )
-
-
-def _cost(shapes: Sequence[LayerShape], ranks: Sequence[int]) -> int:
-    return sum(rank * shape.cost for shape, rank in zip(shapes, ranks, strict=True))
 
 
 def _hash(final: RankPlan, layers: Mapping[str, AdaptedLayer]) -> str:
