@@ -23,13 +23,18 @@ def free_port() -> int:
 
 def run(work: Callable[..., Any], world: int, folder: Path) -> list[dict[str, Tensor]]:
     """Runs the work in `world` processes; what each kept."""
+    start(work, world, folder)
+    return [load_file(folder / f"final-{rank}.safetensors") for rank in range(world)]
+
+
+def start(work: Callable[..., Any], world: int, folder: Path) -> None:
+    """Runs the work in `world` processes, each to a good end."""
     folder.mkdir(exist_ok=True)
     port = free_port()
     processes = [CONTEXT.Process(target=work, args=(rank, world, port, str(folder))) for rank in range(world)]
     for process in processes:
         process.start()
     assert [finish(process) for process in processes] == [0] * world
-    return [load_file(folder / f"final-{rank}.safetensors") for rank in range(world)]
 
 
 def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -69,3 +74,13 @@ def test_fsdp2_agrees_with_one_process_and_the_guard_sees_through_the_shards(tmp
     first, second = run(workers.fsdp2_loop, 2, tmp_path / "two")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_close(alone, first)
+
+
+def test_every_process_gets_the_verdict_of_the_one_export(tmp_path: Path):
+    start(workers.export, 2, tmp_path / "run")
+    first, second = (tmp_path / "run" / f"verdict-{rank}" for rank in range(2))
+    assert first.read_text() == second.read_text()
+    lines = first.read_text().splitlines()
+    assert lines[0] == "True"
+    assert len(lines) >= 3
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

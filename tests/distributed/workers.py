@@ -134,3 +134,21 @@ def fsdp2_loop(rank: int, world: int, port: int, folder: str) -> None:
             kept[f"{name}.{side}"] = whole.detach().contiguous()
     save_file(kept, Path(folder) / f"final-{rank}.safetensors")
     leave_world()
+
+
+def export(rank: int, world: int, port: int, folder: str) -> None:
+    """Every process exports into one folder: once it is right, once the layout is unknown and once it is there."""
+    from rankwise.errors import ConfigError, OutputError
+
+    join_world(rank, world, port)
+    torch.distributed.init_process_group("gloo")
+    session = new_session(Job(folder=folder, dropout=0.0))
+    report = session.export(Path(folder) / "adapter", batch={"input_ids": Rows(rows=1).tokens})
+    found = [str(report.logit_error is not None and report.logit_error <= 1e-5)]
+    for options, kind in (({"layout": "unheard-of"}, ConfigError), ({}, OutputError)):
+        try:
+            session.export(Path(folder) / "adapter", **options)
+        except kind as error:
+            found.append(str(error))
+    (Path(folder) / f"verdict-{rank}").write_text("\n".join(found))
+    leave_world()

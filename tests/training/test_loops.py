@@ -149,8 +149,21 @@ def test_the_trained_session_exports_a_verified_plain_adapter(tmp_path: Path):
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.rsplit(".", 2)[-2] for name in stored} == {"lora_A", "lora_B"}
 
+    report = session.export(tmp_path / "by default")  # on a row of the training
+    assert report.logit_error is not None
+    assert report.logit_error <= 1e-5
+
     from peft import PeftModel
 
     served = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.allclose(served(**batch).logits, session.model(**batch).logits, atol=1e-5)
+
+
+def test_an_export_before_any_forward_pass_says_that_logits_were_not_compared(tmp_path: Path):
+    session = new_session(Job(folder=""))
+    report = session.export(tmp_path / "adapter")
+    check = next(check for check in session.health.checks if check.id == "export")
+    assert report.logit_error is None
+    assert "logits were not compared: there was no batch." in report.notes
+    assert "logits were not compared (give batch= for that)" in check.message

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.adapters.attach import AdaptedLayer, adapted_layers
 from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.adapters.state import FoldState
+from rankwise.calibration.processes import broadcast_object, process_index, world_size
 from rankwise.calibration.statistics import GradientStatistics
 from rankwise.errors import VerificationError
 from rankwise.methods.recipe import Recipe
@@ -19,6 +21,7 @@ from rankwise.ranks.plan import RankPlan
 from rankwise.training.guard import Guard, HealthCheck
 from rankwise.training.optimizers import adamw_and_scheduler, unwrapped
 from rankwise.training.precision import KeptPrecision
+from rankwise.training.sample import Sample
 from rankwise.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -109,6 +112,7 @@ class Session:
         self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
         self.health = Guard(self.layers, model, calibrated=calibration.batches if calibration else 0)
         self._precision = KeptPrecision(model)
+        self._sample = Sample(model)
         self._planned_steps: int | None = None
         self._steps_seen = 0
         self._steps_before = 0
@@ -182,6 +186,7 @@ class Session:
         inner = unwrapped(optimizer)
         self.health.gradients.protecting = getattr(optimizer, "scaler", None) is None
         self.health.begin(inner, max_steps, self._planned_steps)
+        self._sample.listen()
         self._steps_seen, self._steps_before = 0, self.health.gradients.steps
         for schedule in self.schedules:
             schedule.begin(inner, max_steps)
@@ -293,28 +298,61 @@ class Session:
     def export(self, folder: str | Path, *, layout: "Layout" = "uniform", **options: Any) -> "ExportReport":
         """Writes the plain adapter, verified against the live model; see `export.write.export_adapter` for the options.
 
+        Without `batch=`, logits are compared on the first row that the session was trained on; before training there is
+        none, and the report says that logits were not compared. With several processes every one calls this; process 0
+        writes, and all get its report or its error. Of a model that FSDP2 shards, each process writes its own copy of
+        what it gathers: give each its own folder.
+
         Raises:
             VerificationError: the written adapter does not equal the trained model; the health check `export` then
                 failed.
             ExportError: the layout cannot hold this adapter.
         """
-        from rankwise.export.write import export_adapter
-
         check = HealthCheck(
             id="export", stage="after", status="passed", message="the exported adapter equals the model"
         )
+        options.setdefault("batch", self._sample.batch)
         try:
-            report = export_adapter(self.model, folder, layout=layout, state=self.fold_state, plan=self.plan, **options)
+            report = self._exported(folder, layout, options)
         except VerificationError as error:
             advice = "keep the checkpoint and report this: the written adapter would serve something else"
             self.health.record(replace(check, status="failed", message=str(error), advice=advice))
             raise
-        error_found = getattr(getattr(report, "verification", None), "update_error", None)
+        if report.logit_error is None:
+            reason = "give batch= for that" if options["batch"] is None else "see the notes of the export"
+            check = replace(check, message=f"{check.message}; logits were not compared ({reason})")
+            if options["batch"] is None:
+                report = replace(report, notes=(*report.notes, "logits were not compared: there was no batch."))
+        error_found = None if report.verification is None else report.verification.update_error
         self.health.record(replace(check, measured=error_found))
+        return report
+
+    def _exported(self, folder: str | Path, layout: "Layout", options: Mapping[str, Any]) -> "ExportReport":
+        """Process 0's report or error, in every process."""
+        from rankwise.export.write import export_adapter
+
+        def write() -> "ExportReport":
+            return export_adapter(self.model, folder, layout=layout, state=self.fold_state, plan=self.plan, **options)
+
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        if world_size() == 1 or sharded:  # gathering what is sharded takes every process
+            return write()
+        report: ExportReport | None = None
+        fault: Exception | None = None
+        if process_index() == 0:
+            try:
+                report = write()
+            except Exception as error:  # noqa: BLE001  the others wait for the verdict, whatever it is
+                fault = error
+        report, fault = broadcast_object((report, fault))
+        if fault is not None:
+            raise fault
+        assert report is not None
         return report
 
     def close(self) -> None:
         """Removes every hook and signal handler that rankwise put in place; the adapter stays."""
         self.health.gradients.remove()
+        self._sample.close()
         for callback in self._callbacks:
             callback.close()
