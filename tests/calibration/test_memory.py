@@ -237,3 +237,14 @@ def test_an_importance_that_is_not_finite_names_the_layer():
     request = StatisticsRequest(score=lambda *_: torch.tensor([float("nan")]))
     with pytest.raises(CalibrationError, match=r"model\.layers\.0\.self_attn\.q_proj: .* importance is \[nan\]"):
         collect(model, targets(model), BATCHES, request)
+
+
+def test_processes_on_one_machine_share_its_free_memory(monkeypatch):
+    monkeypatch.setattr(memory_module, "_system_free", lambda: 1000)
+    monkeypatch.setattr(memory_module, "_container_free", lambda: 2000)
+    assert free_memory(torch.device("cpu")) == 1000
+    monkeypatch.setattr(memory_module, "world_size", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_memory(torch.device("cpu")) == 125
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 250

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from rankwise.adapters.layers import LinearLayer
+from rankwise.calibration.processes import world_size
 from rankwise.calibration.statistics import MemoryMode, StatisticsRequest
 from rankwise.errors import ConfigError
 
@@ -74,12 +75,12 @@ def groups_for(layers: Sequence[LinearLayer]) -> list[list[int]]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`, as the driver or the operating system says."""
+    """Bytes that this process may still allocate on `device`: the host's are shared by the processes on it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return 0  # unknown: sums go to the host, which can say
-    return min(_system_free(), _container_free())
+    return min(_system_free(), _container_free()) // _local_processes()
 
 
 def _why_not_sampled(request: StatisticsRequest) -> str | None:
@@ -92,6 +93,11 @@ def _why_not_sampled(request: StatisticsRequest) -> str | None:
 
 def _bytes(layer: LinearLayer) -> int:
     return layer.shape.out_features * layer.shape.in_features * 4
+
+
+def _local_processes() -> int:
+    """Processes of the group on this machine; launchers say it, without their word all are taken to be here."""
+    return world_size() if world_size() == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def _system_free() -> int:
