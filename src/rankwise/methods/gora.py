@@ -30,6 +30,8 @@ Departures, from the paper (P) or from the code (C):
 - C: softmax over equal importances is uniform; the code divides by the range and follows noise.
 - C: a layer without gradient gets r_min and B = 0 in `exact` and `paper`, whatever the normalization.
 - C: adaptive gamma compares with the adapter off and asks for an improvement above float noise.
+- C: the preset `official` sets what belongs to the method. The code's N = 32 batches and its plain mean over them
+  belong to calibration (`max_batches=32, token_weighted=False`; the defaults are 64 and a mean over label tokens).
 - C: initialization methods that edit W are left out (only lora_A may come from an SVD), and so are gradients along an
   AdaLomo trajectory.
 """
@@ -230,7 +232,8 @@ class GoRA(Method):
             ranks = tuple(max(0, min(int(rank), layer.max_rank)) for rank, layer in zip(raw, layers, strict=True))
         spent = sum(rank * layer.cost for rank, layer in zip(ranks, layers, strict=True))
         reasons = tuple(
-            _reason(rank, share, layer, r_min, r_max) for rank, share, layer in zip(ranks, shares, layers, strict=True)
+            _reason(rank, share, layer, r_min, r_max) + _sampling_error(layer, statistics)
+            for rank, share, layer in zip(ranks, shares, layers, strict=True)
         )
         return Allocation(
             ranks=ranks,
@@ -488,6 +491,15 @@ def _reason(rank: int, share: float, layer: LayerShape, r_min: int, r_max: int) 
     if rank == r_min:
         return f"{told}: the floor r_min"
     return f"{told}: the cap r_max" if rank == r_max else told
+
+
+def _sampling_error(layer: LayerShape, statistics: GradientStatistics | None) -> str:
+    """The standard error of an importance that comes from a sample of rows, relative to it."""
+    found = None if statistics is None else statistics.layers.get(layer.name)
+    if found is None or found.scores is None or found.score_errors is None or not found.scores.all():
+        return ""
+    error = float((found.score_errors / found.scores.abs()).max())
+    return f"; sampled, \N{PLUS-MINUS SIGN} {error:.1%}" if math.isfinite(error) else "; sampled, error unknown"
 
 
 def _summary(
