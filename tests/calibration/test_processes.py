@@ -85,6 +85,11 @@ def test_differing_plans_are_an_error_in_both(answers):
         )
 
 
+def test_an_error_in_the_process_that_decides_is_raised_in_all(answers):
+    told = [(answers / f"first-{rank}.txt").read_text() for rank in range(2)]
+    assert told == ["ArtifactError: the cache is damaged"] * 2
+
+
 def test_process_zero_decides_what_is_broadcast(answers):
     assert [(answers / f"broadcast-{rank}.txt").read_text() for rank in range(2)] == ["0", "0"]
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankwise.calibration.collect import collect
-from rankwise.calibration.processes import assert_equal_everywhere, broadcast_object
+from rankwise.calibration.processes import assert_equal_everywhere, broadcast_object, decided_by_first
+from rankwise.errors import ArtifactError
 from tests.calibration.support import EVERYTHING, GRADIENT, targets
 
 BATCHES = [torch.randn(1 + seed, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
@@ -74,6 +75,7 @@ def main() -> None:
     differ = said(lambda: assert_equal_everywhere("ab"[rank], "the plan"))
     (folder / f"differ-{rank}.txt").write_text(differ)
     (folder / f"broadcast-{rank}.txt").write_text(str(broadcast_object(rank)))
+    (folder / f"first-{rank}.txt").write_text(said(lambda: decided_by_first(damaged)))
     dist.destroy_process_group()
 
 
@@ -94,6 +96,11 @@ def boom(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
     if torch.equal(batch, BATCHES[1]):
         raise KeyError("boom")
     return mean_square(model, batch)
+
+
+def damaged() -> None:
+    """What process 0 meets when it reads a damaged cache."""
+    raise ArtifactError("the cache is damaged")
 
 
 def said(call: Callable[[], object]) -> str:

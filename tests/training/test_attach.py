@@ -1,6 +1,7 @@
 """From model and recipe to session: what is decided, what is refused, what stays untouched."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from rankwise.methods.rora import RoRA
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import ScalingRule, uniform_budget
 from rankwise.training.attach import Calibration, attach, plan
-from tests.support.models import causal_batch, tiny_gpt2, tiny_llama
+from tests.support.models import causal_batch, classification_batch, tiny_bert_classifier, tiny_gpt2, tiny_llama
 
 BATCHES = [causal_batch(seed) for seed in range(4)]
 
@@ -144,6 +145,7 @@ def test_a_method_that_needs_gradients_says_so():
         ({"r": 0}, ConfigError, "r is 0"),
         ({"r": 2.0}, ConfigError, "r is 2.0"),
         ({"lora_alpha": 0}, ConfigError, "lora_alpha is 0"),
+        ({"lora_alpha": "16"}, ConfigError, "lora_alpha is '16'"),
         ({"target_modules": ["q_prj"]}, TargetError, "q_proj"),
         ({"methods": "gorra"}, ConfigError, "gora"),
         ({"lora_dropout": 1.0}, ConfigError, "lora_dropout"),
@@ -306,3 +308,42 @@ def test_the_exact_rule_may_not_overspend_by_hand_either(tmp_path: Path):
     assert not made.overspend_allowed
     with pytest.raises(PlanError, match=r"above .budget."):
         made.with_ranks(dict.fromkeys(made.ranks, 6))
+
+
+@pytest.mark.parametrize("methods", ["lora", "gora"])
+def test_nan_outside_the_targets_is_refused_too(methods: str):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ModelError, match=r"model\.norm\.weight \(1 of 32 values\)"):
+        attach(model, methods, calibration=BATCHES, target_modules=["q_proj"])
+
+
+def test_a_sampled_importance_is_told_with_its_error():
+    sampled = plan(tiny_llama(), GoRA(), r=4, calibration=Calibration(batches=BATCHES, memory="sampled"))
+    assert all(re.search(r"; sampled, \N{PLUS-MINUS SIGN} \d+\.\d%$", layer.reason) for layer in sampled.layers)
+    exact = plan(tiny_llama(), GoRA(), r=4, calibration=BATCHES)
+    assert not any("sampled" in layer.reason for layer in exact.layers)
+
+
+def test_calibration_without_the_dropout_of_training_is_a_note():
+    batches = [classification_batch(seed) for seed in range(2)]
+    model = tiny_bert_classifier()
+    model.bert.embeddings.dropout.p = 0.1
+    quiet = attach(model, GoRA(), r=2, calibration=batches, target_modules=["query"], task_type="SEQ_CLS")
+    assert any("without the base model's dropout" in note for note in quiet.notes)
+    model = tiny_bert_classifier()
+    source = Calibration(batches=batches, train_mode=True)
+    same = attach(model, GoRA(), r=2, calibration=source, target_modules=["query"], task_type="SEQ_CLS")
+    assert not any("dropout" in note for note in same.notes)
+
+
+def test_skipped_calibration_batches_are_a_note():
+    count = iter(range(100))
+
+    def sometimes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        return model(**batch).loss * (float("nan") if next(count) == 3 else 1.0), 1.0
+
+    many = [causal_batch(seed) for seed in range(12)]
+    session = attach(tiny_llama(), GoRA(), r=2, calibration=many, target_modules=["q_proj"], loss=sometimes)
+    assert any("skipped 1 of 12 batches" in note for note in session.notes)

@@ -86,20 +86,31 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((prefix + key, value.detach()) for key, value in own.items() if isinstance(value, Tensor))
 
 
-def check_finite_weights(layers: Sequence[LinearLayer]) -> None:
-    """Passes if no weight of these layers is NaN or infinite.
+def check_finite_weights(layers: Sequence[LinearLayer], model: nn.Module | None = None) -> None:
+    """Passes if no weight of these layers, and no other float parameter of the model, is NaN or infinite.
+
+    Args:
+        layers: looked at as matrices, so that packed weights are judged by what they stand for.
+        model: whose other parameters are looked at too (norms, embeddings, biases); None for the layers alone.
 
     Raises:
-        ModelError: some are; the first layers and how many of their values.
+        ModelError: some are; the first layers or parameters and how many of their values.
     """
     bad = []
+    seen = {id(layer.module.weight) for layer in layers}
     for layer in layers:
         weight = layer.weight(torch.float32 if layer.quantized else _dtype(layer))
         low, high = torch.aminmax(weight)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad.append(f"{layer.name} ({int((~torch.isfinite(weight)).sum())} of {weight.numel()} values)")
+    for name, parameter in () if model is None else model.named_parameters():
+        if id(parameter) in seen or not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
+            continue
+        finite = torch.isfinite(parameter.detach())
+        if not finite.all():
+            bad.append(f"{name} ({int((~finite).sum())} of {parameter.numel()} values)")
     if bad:
-        more = f" and {len(bad) - _SHOWN} more layers" if len(bad) > _SHOWN else ""
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise ModelError(
             f"the base model holds NaN or infinite weights in {', '.join(bad[:_SHOWN])}{more}: the checkpoint is "
             "damaged or was converted to a type too narrow for it; load it again, or in another dtype"

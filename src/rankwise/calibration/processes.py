@@ -1,6 +1,7 @@
 """The few collective operations that calibration and the plan need; without a process group each is a no-op."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ __all__ = [
     "all_reduce_sum",
     "assert_equal_everywhere",
     "broadcast_object",
+    "decided_by_first",
     "gather_objects",
     "process_index",
     "world_size",
@@ -57,6 +59,23 @@ def broadcast_object(value: Value) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decided_by_first(call: Callable[[], Value]) -> Value:
+    """What `call` returns or raises in process 0, in every process: none waits for a process that has failed."""
+    value: Value | None = None
+    error: Exception | None = None
+    if process_index() == 0:
+        try:
+            value = call()
+        except Exception as raised:
+            if world_size() == 1:
+                raise
+            error = raised
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return cast(Value, value)
 
 
 def gather_objects(value: Value) -> list[Value]:

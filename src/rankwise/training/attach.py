@@ -19,7 +19,7 @@ from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.batches import Loss
 from rankwise.calibration.cache import load_statistics, save_statistics, statistics_fingerprint
 from rankwise.calibration.collect import OnBatch, collect
-from rankwise.calibration.processes import assert_equal_everywhere, broadcast_object, process_index
+from rankwise.calibration.processes import assert_equal_everywhere, decided_by_first
 from rankwise.calibration.statistics import CollectorKind, GradientStatistics, MemoryMode, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError, PlanError, RecipeError
 from rankwise.methods.base import Budget, Factors, Method, Slot, Start
@@ -204,7 +204,25 @@ def attach(
         final.seed,
         settings=settings,
         calibration=None if statistics is None else CalibrationSummary.of(statistics),
+        notes=() if statistics is None or source is None else _calibration_notes(model, source, statistics),
     )
+
+
+def _calibration_notes(model: nn.Module, source: Calibration, statistics: GradientStatistics) -> tuple[str, ...]:
+    """What the user should know of the statistics behind the start."""
+    told: tuple[str, ...] = ()
+    if statistics.skipped:
+        told += (
+            f"calibration skipped {statistics.skipped} of {statistics.batches + statistics.skipped} batches whose loss "
+            "or gradient was not finite: look at the data, or calibrate in a wider dtype",
+        )
+    dropping = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n]
+    if dropping and not source.train_mode:
+        told += (
+            f"calibration ran without the base model's dropout ({len(dropping)} modules, first {dropping[0]!r}), with "
+            "which training runs: set train_mode=True to calibrate as training computes",
+        )
+    return told
 
 
 @dataclass(frozen=True)
@@ -285,7 +303,7 @@ def _prepare(
     recipe.check(_situation(targets.layers, calibration))
     shapes = [layer.shape for layer in targets.layers]
     budget = Budget(r=r, lora_alpha=float(lora_alpha), parameters=uniform_budget(shapes, r))
-    check_finite_weights(targets.layers)
+    check_finite_weights(targets.layers, model)
     return _Job(model, recipe, targets.layers, budget, seed, _identity(model), targets.notes, calibration)
 
 
@@ -312,7 +330,7 @@ def _prepare_planned(
         )
     live = tuple(view for view in found if given.ranks[view.name] > 0)
     recipe.check(_situation(live, calibration))
-    check_finite_weights(live)
+    check_finite_weights(live, model)
     _check_scaling(recipe, given)
     notes = given.notes
     if given.methods != recipe.ids:
@@ -341,7 +359,8 @@ def _check_budget(r: int, lora_alpha: float) -> None:
     faults = []
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         faults.append(f"r is {r!r}: it must be a whole number of at least 1")
-    if not 0 < lora_alpha < float("inf"):
+    number = isinstance(lora_alpha, int | float) and not isinstance(lora_alpha, bool)
+    if not number or not 0 < lora_alpha < float("inf"):
         faults.append(f"lora_alpha is {lora_alpha!r}: it must be a number above 0")
     if faults:
         raise ConfigError(faults)
@@ -389,7 +408,8 @@ def _collect(job: _Job, calibration: Calibration, request: StatisticsRequest, lo
         job.model, job.layers, batches, request, data_identity=c.data_identity, **shared
     )
     # Process 0's file decides for all: on several machines the others may not see it, and half of them would wait.
-    found = broadcast_object(load_statistics(c.cache, fingerprint) if process_index() == 0 else None)
+    path = c.cache
+    found = decided_by_first(lambda: load_statistics(path, fingerprint))
     if found is None:
         found = collect(job.model, job.layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
         save_statistics(c.cache, found, fingerprint)
