@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rankwise.errors import ConfigError, HealthError
-from rankwise.training.attach import attach
+from rankwise.training.attach import Calibration, attach
 from rankwise.training.guard import HealthCheck
 from rankwise.training.session import Session
 from tests.support.models import causal_batch, tiny_llama
@@ -220,6 +220,21 @@ def test_an_expert_that_routing_passed_over_is_not_exercised():
     check = check_of(session, "reached")
     assert (session.health.status, check.status) == ("passed", "not exercised")
     assert "model.experts.0" in check.message
+
+
+def test_a_layer_that_calibration_was_allowed_to_miss_may_stay_out_of_reach():
+    model = tiny_llama()
+    model.model.extra = torch.nn.Linear(32, 32)
+    allowed = Calibration(batches=[causal_batch()], on_unused="min")
+    session = attach(model, "gora", r=2, calibration=allowed)
+    assert session.calibration is not None
+    assert session.calibration.unreached == ("model.extra",)
+    optimizer = started(session)
+    step(session, optimizer, 1)
+    session.end(1)
+    check = check_of(session, "reached")
+    assert (session.health.status, check.status) == ("passed", "not exercised")
+    assert "model.extra" in check.message
 
 
 def test_a_run_in_which_nothing_had_a_gradient_fails():

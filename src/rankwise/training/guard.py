@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -67,10 +67,19 @@ class Guard:
         layers: the adapted layers by name.
         model: the attached model.
         calibrated: calibration batches in which every layer was seen to have a gradient; 0 if there were none.
+        unreached: layers that calibration was allowed to miss; the first step may miss them too.
     """
 
-    def __init__(self, layers: Mapping[str, AdaptedLayer], model: nn.Module, *, calibrated: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, AdaptedLayer],
+        model: nn.Module,
+        *,
+        calibrated: int = 0,
+        unreached: Collection[str] = (),
+    ) -> None:
         self._layers = layers
+        self._unreached = frozenset(unreached)
         self._model = model
         self._checks: dict[str, HealthCheck] = {}
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
@@ -93,7 +102,7 @@ class Guard:
         )
         for check in _PENDING:
             self.record(check)
-        if calibrated:
+        if calibrated and not unreached:
             message = f"the loss reached every layer in {calibrated} calibration batches"
             self.record(_passed("reached", "before", calibrated, 1, message))
 
@@ -196,9 +205,8 @@ class Guard:
         self._looked = True
         exercised = self.gradients.exercised()  # a resumed run knows more than its first step
         dropping = any(float(getattr(c, n, 0) or 0) > 0 for c in _configurations(self._model) for n in _LAYER_DROP)
-        idle = [
-            n for n in untouched if n in self._layers and not exercised[n] and not dropping and not _EXPERT.search(n)
-        ]
+        expected = [n for n in untouched if n in self._layers and n not in self._unreached and not _EXPERT.search(n)]
+        idle = [n for n in expected if not exercised[n] and not dropping]
         if not idle:
             return
         reached = len(self._layers) - len(untouched)

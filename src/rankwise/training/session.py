@@ -62,11 +62,13 @@ class CalibrationSummary:
     row_share: float
     seconds: float
     from_cache: bool
+    unreached: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, statistics: GradientStatistics) -> Self:
-        """The figures without the tensors."""
-        return cls(**{name: getattr(statistics, name) for name in cls.__dataclass_fields__})
+        """The figures without the tensors, and the layers that no batch reached (allowed by `on_unused="min"`)."""
+        figures = {n: getattr(statistics, n) for n in cls.__dataclass_fields__ if n != "unreached"}
+        return cls(**figures, unreached=tuple(name for name, one in statistics.layers.items() if not one.batches))
 
 
 class Session:
@@ -110,7 +112,12 @@ class Session:
         self.step = step
         self.notes = tuple(notes)
         self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
-        self.health = Guard(self.layers, model, calibrated=calibration.batches if calibration else 0)
+        self.health = Guard(
+            self.layers,
+            model,
+            calibrated=calibration.batches if calibration else 0,
+            unreached=calibration.unreached if calibration else (),
+        )
         self._precision = KeptPrecision(model)
         self._sample = Sample(model)
         self._planned_steps: int | None = None

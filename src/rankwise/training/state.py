@@ -93,7 +93,9 @@ def resume(model: nn.Module, checkpoint: str | PathLike[str]) -> Session:
         recipe,
         marker["seed"],
         settings=settings,
-        calibration=None if calibration is None else CalibrationSummary(**calibration),
+        calibration=None
+        if calibration is None
+        else CalibrationSummary(**{**calibration, "unreached": tuple(calibration.get("unreached", ()))}),
         step=marker["step"],
         notes=_environment_notes(marker),
     )
