@@ -8,19 +8,17 @@ from typing import Self
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
 from rankwise.cli import render
+from rankwise.report.words import duration
 from rankwise.workflows.events import (
     CostReady,
     Event,
@@ -60,6 +58,22 @@ class _RateColumn(ProgressColumn):
         slow = speed < 1.0
         figure = f"{1 / speed:.1f} s/{unit}" if slow else f"{speed:.1f} {unit}/s"
         return Text(figure, style="cyan")
+
+
+class _CountColumn(ProgressColumn):
+    """Units done of all units; nothing for a phase without units."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}", style="green")
+
+
+class _TimeColumn(ProgressColumn):
+    """How long it has taken and, where that can be known, how long it will take."""
+
+    def render(self, task: Task) -> Text:
+        spent = f"{duration(round(task.elapsed or 0.0, 1))} elapsed"
+        left = task.time_remaining if task.total is not None else None
+        return Text(spent if left is None else f"{spent}, {duration(left)} left", style="yellow")
 
 
 class Drawing:
@@ -119,11 +133,9 @@ class Drawing:
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None if self.console.width > 100 else 20),
-                MofNCompleteColumn(),
+                _CountColumn(),
                 _RateColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(compact=True),
+                _TimeColumn(),
                 TextColumn("{task.fields[detail]}", style="dim"),
                 console=self.console,
                 transient=True,
@@ -146,7 +158,7 @@ class Drawing:
                 event.title, total=event.total, completed=event.done, unit=event.unit, detail=""
             )
         else:
-            size = f" ({event.total} {event.unit})" if event.total and event.unit else ""
+            size = f" ({event.total} {_plural(event.unit, event.total)})" if event.total and event.unit else ""
             self._above_bars(f"{event.title}{size} ...")
 
     def _progressed(self, event: PhaseProgress) -> None:
@@ -188,3 +200,9 @@ class Drawing:
                 if key in ("eval_loss", "eval_accuracy")
             )
             self._above_bars(Text.assemble(("eval ", "magenta"), f"step {values.get('step', '?')}: {figures}"))
+
+
+def _plural(unit: str, count: int) -> str:
+    if count == 1:
+        return unit
+    return f"{unit}es" if unit.endswith("ch") else f"{unit}s"

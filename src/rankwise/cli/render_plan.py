@@ -174,6 +174,8 @@ class RankTable:
         yield table
         if len(reasons) == 1 and (reason := reasons.pop()):
             yield Text(f"reason of every rank: {reason}", style="dim")
+        elif not wide and len(reasons) > 1:
+            yield Text("why each rank: in 110 columns or more, or with --json or -o", style="dim")
 
     def _row(self, layer: LayerPlan, wide: bool, *, reason: bool) -> list[RenderableType]:
         cells: list[RenderableType] = [Text(layer.name, overflow="fold")]

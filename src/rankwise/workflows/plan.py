@@ -3,7 +3,7 @@
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
 from rankwise.workflows.cost import measure_cost
-from rankwise.workflows.events import CostReady, Listener, Note, PlanReady, ignore
+from rankwise.workflows.events import CostReady, Listener, PlanReady, ignore
 from rankwise.workflows.job import Phases, attach_options, calibration, calibration_total, load_job
 from rankwise.workflows.quiet import quiet_libraries
 from rankwise.workflows.run_folder import CALIBRATION_FILE
@@ -34,8 +34,6 @@ def plan(config: RunConfig, listener: Listener = ignore) -> RankPlan:
             total = calibration_total(job)
             with phases.phase("calibration", "Reading gradients", total=total, unit="batch"):
                 made = make_plan(job.model, calibration=source, **attach_options(job))
-        for note in made.notes:
-            listener(Note(text=note))
         listener(PlanReady(plan=made))
         with phases.phase("cost", "Measuring a step"):
             cost = measure_cost(job, made)
