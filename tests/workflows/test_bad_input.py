@@ -57,6 +57,13 @@ def test_labels_that_are_all_masked(causal: MakeConfig, tmp_path: Path, packing:
     refused(causal, DataError, "data.train: every label of the 8 rows is masked", data=data)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_text_rows_of_one_token_each_have_nothing_to_predict(causal: MakeConfig, packing: bool) -> None:
+    data = {"max_length": 1, "validation": None, "packing": packing}
+    message = "data.train: every label of the 48 rows is masked"
+    refused(causal, DataError, message, method="lora", gora={}, data=data)
+
+
 def test_conversations_without_a_chat_template(causal: MakeConfig, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "w1"}]}] * 4)
     refused(causal, DataError, "has no chat template; set data.chat_template_path", data={"train": path})

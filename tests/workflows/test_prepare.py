@@ -76,6 +76,23 @@ def test_rows_are_counted_cut_and_left_out(causal: MakeConfig, tmp_path: Path) -
     assert "train: 2 of 4 rows left out, none of their labels counts" in job.prepared.notes
 
 
+def test_rows_of_one_token_are_left_out_for_nothing_predicts_a_first_token(causal: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "bare.jinja").write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("w1", "w1 w2", "w2", "w1 w2 w3")]
+    data = {"chat_template_path": str(tmp_path / "bare.jinja"), "validation": None}
+    job = job_of(causal(data={"train": write_rows(tmp_path / "rows.jsonl", rows), **data}))
+    assert [len(row) for row in job.prepared.train["input_ids"]] == [2, 3]
+    counts = job.prepared.counts["train"]
+    assert (counts.rows, counts.dropped, counts.labels) == (4, 2, 1 + 2)
+
+
+def test_packed_labels_are_those_that_the_collator_lets_through(causal: MakeConfig) -> None:
+    job = job_of(causal(data={"packing": True, "max_length": 32}))
+    batch = job.prepared.collator([job.prepared.train[row] for row in range(len(job.prepared.train))])
+    starts = batch["position_ids"] == 0
+    assert job.prepared.counts["train"].labels == int(((batch["labels"] != -100) & ~starts).sum())
+
+
 def test_the_new_head_is_found_trained_in_full_and_the_same_at_every_load(classification: MakeConfig) -> None:
     first, again = job_of(classification()), job_of(classification())
     assert first.modules_to_save == ("pooler", "classifier"), "the files of this BERT hold no pooler either"

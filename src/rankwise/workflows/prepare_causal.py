@@ -12,7 +12,9 @@ from rankwise.workflows.data import RunData
 from rankwise.workflows.prepare import Collator, Prepared, RowCounts, count_notes, length_limit, refuse_unlabeled
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["prepare_causal"]
@@ -41,7 +43,8 @@ def prepare_causal(
     }
     whole, _ = _by_trl(config, model, tokenizer, rows, max_length=None, packing=False, eval_packing=False)
     _refuse_masked(config, whole, rows, limit)
-    used, collator = _by_trl(config, model, tokenizer, whole, max_length=limit)
+    made, collator = _by_trl(config, model, tokenizer, whole, max_length=limit)
+    used = {part: _with_labels(tokens) for part, tokens in made.items()}
     counts = {part: _counts(config, rows[part], whole[part], used[part], limit) for part in rows}
     refuse_unlabeled(counts, config)
     return Prepared(
@@ -133,14 +136,35 @@ def _longer(tokens: "Dataset", limit: int) -> int:
     return int(pc.sum(pc.greater(lengths, limit)).as_py() or 0)
 
 
+def _with_labels(tokens: "Dataset") -> "Dataset":
+    """The rows in which at least one label counts; TRL leaves out only those whose every label is masked."""
+    counted = _labels_by_row(tokens, None)
+    return tokens if counted.all() else tokens.select(counted.nonzero()[0])
+
+
 def _label_count(tokens: "Dataset", limit: int | None) -> int:
-    """Labels that are not masked, within the first `limit` tokens of each row."""
+    """Labels that the loss sees within the first `limit` tokens of each row."""
+    return int(_labels_by_row(tokens, limit).sum())
+
+
+def _labels_by_row(tokens: "Dataset", limit: int | None) -> "NDArray[np.int64]":
+    """Labels that the loss sees, by row: a token is predicted from those before it, so no document's first counts."""
+    import numpy as np
     import pyarrow.compute as pc  # type: ignore[import-untyped, unused-ignore]
 
-    column = _column(tokens, "labels")
+    labels = _column(tokens, "labels")
     if limit is not None:
-        column = pc.list_slice(column, 0, limit)
-    return int(pc.sum(pc.not_equal(pc.list_flatten(column), -100)).as_py() or 0)
+        labels = pc.list_slice(labels, 0, limit)
+    rows = pc.list_value_length(labels).to_numpy()
+    packed = "seq_lengths" in tokens.column_names
+    documents = pc.list_flatten(_column(tokens, "seq_lengths")).to_numpy() if packed else rows
+    seen = pc.list_flatten(labels).to_numpy() != -100
+    starts = np.cumsum(documents) - documents
+    seen[starts[documents > 0]] = False
+    before = np.concatenate(([0], np.cumsum(seen)))
+    ends = np.cumsum(rows)
+    by_row: NDArray[np.int64] = before[ends] - before[ends - rows]
+    return by_row
 
 
 def _column(tokens: "Dataset", name: str) -> Any:
