@@ -55,7 +55,7 @@ _PAIRS: Mapping[str, tuple[str, str]] = {
 ROW_MEANS: frozenset[Importance] = frozenset({"union_mean", "union_2ord_norm", "grad_mean"})
 """Kinds that are a mean over rows, so that a sample of rows estimates them without bias."""
 
-_BLOCK = 1 << 18  # entries of one float32 block, 1 MB: about a second-level cache, and few calls
+_BLOCK = 1 << 17  # entries of one float32 block, half a megabyte: well inside a second-level cache
 _EQUAL = 1e-6  # importances closer than this, relative to their mean, differ by float32 noise only
 
 
@@ -132,6 +132,7 @@ def mean_absolute_product(weight: Float[Tensor, "rows in"], gradient: Float[Tens
     rows, columns = weight.shape
     step = max(1, _BLOCK // columns)
     product = torch.empty(min(step, rows), columns, device=weight.device)
+    ones = torch.ones(columns, device=weight.device)
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for first in range(0, rows, step):
         block = product[: min(step, rows - first)]
@@ -139,7 +140,8 @@ def mean_absolute_product(weight: Float[Tensor, "rows in"], gradient: Float[Tens
             torch.mul(weight[first : first + step], gradient[first : first + step], out=block)
         else:
             block.copy_(weight[first : first + step]).mul_(gradient[first : first + step])
-        total += block.abs_().sum()  # five times faster than vector_norm(ord=1) on a CPU
+        # BLAS adds a row up several times faster than `sum` does on a CPU; the sums of rows are then added in float64.
+        total += torch.mv(block.abs_(), ones).double().sum()
     return total.item() / weight.numel()
 
 
