@@ -12,7 +12,7 @@ refines. The number is the exit code of the command line.
     ├── DataError (ValueError)               2  data that is missing, empty, or without the columns or labels it needs
     ├── ModelError (ValueError)              2  a base model that is missing, damaged or holds non-finite weights
     ├── ArtifactError (ValueError)           2  an adapter or state file that is corrupt, truncated or not what it says
-    ├── OutputError (FileExistsError)        2  an output folder that holds something that must not be overwritten
+    ├── OutputError (FileExistsError)        2  output that must not be overwritten, or a place that cannot be written
     ├── CheckpointError (RuntimeError)       2  a checkpoint that cannot be continued from
     ├── CalibrationError (RuntimeError)      2  gradient statistics that could not be taken
     ├── ExportError (RuntimeError)           2  an adapter that cannot be written in the requested form
@@ -99,7 +99,7 @@ class ArtifactError(RankwiseError, ValueError):
 
 
 class OutputError(RankwiseError, FileExistsError):
-    """An output folder that holds something that must not be overwritten."""
+    """Output that is there and must not be overwritten, or a place that cannot be written."""
 
     exit_code: ClassVar[int] = 2
 

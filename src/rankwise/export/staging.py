@@ -3,13 +3,22 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from rankwise.errors import OutputError
 
-__all__ = ["keep_as", "put_in_place", "refuse_existing", "staged_folder", "sync_folder", "write_extra_files"]
+__all__ = [
+    "keep_as",
+    "put_in_place",
+    "refuse_existing",
+    "refuse_unwritable",
+    "staged_folder",
+    "sync_folder",
+    "write_extra_files",
+]
 
 ExtraFiles = Mapping[str, str | bytes | Path]
 
@@ -17,26 +26,62 @@ _LAST = ("adapter_config.json", "config.json")
 """Loaders look for these first: they come last, so that a half-placed adapter is not taken for a whole one."""
 
 
+def refuse_unwritable(folder: Path, key: str = "") -> None:
+    """Passes if the folder can be written into, or made; found out before hours of work, and nothing is left there.
+
+    Args:
+        folder: may not exist yet.
+        key: begins the message: the setting that names the folder.
+
+    Raises:
+        OutputError: names the folder that stands in the way and the reason.
+    """
+    shown = f"{key}: {folder}" if key else str(folder)
+    nearest = folder = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        reason = "is a file; name a folder" if nearest == folder else f"cannot be made: {nearest} is not a folder"
+        raise OutputError(f"{shown} {reason}.")
+    try:
+        # Only trying tells: permissions say nothing of a read-only or a virtual file system, least of all to root.
+        Path(tempfile.mkdtemp(prefix=".rankwise-", suffix=".part", dir=nearest)).rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"{shown} cannot be written: a folder in {nearest} cannot be made ({error.strerror}). Name another place."
+        ) from error
+
+
 def refuse_existing(destination: Path, names: list[str], *, overwrite: bool) -> None:
-    """Raises if the destination is a file, or holds one of the files to be written and may not be overwritten.
+    """Raises if the destination cannot be written, or holds one of the files to be written and may not be overwritten.
 
     Raises:
         OutputError: names what is there.
     """
-    if destination.exists() and not destination.is_dir():
-        raise OutputError(f"{destination} is a file; name a folder.")
+    refuse_unwritable(destination)
+    refuse_unwritable(destination.absolute().parent)  # the stage is made here
     found = [name for name in names if (destination / name).exists()]
     if found and not overwrite:
         raise OutputError(
-            f"{destination} already holds {', '.join(found)}. Name another folder, or ask for it to be overwritten."
+            f"{destination} already holds {', '.join(found)}. Name another folder, or replace them with --overwrite "
+            "(overwrite=True)."
         )
 
 
 @contextmanager
 def staged_folder(destination: Path) -> Iterator[Path]:
-    """A new folder beside the destination, removed afterwards if it is still there."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    stage = _new_folder(destination, "staged")
+    """A new folder beside the destination, removed afterwards if it is still there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        stage = _new_folder(destination, "staged")
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{destination} cannot be written: {error}. Name another place.") from error
     try:
         yield stage
     finally:

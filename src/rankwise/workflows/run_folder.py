@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.errors import CheckpointError, OutputError
+from rankwise.export.staging import refuse_unwritable
 from rankwise.workflows.config import RunConfig
 
 __all__ = ["CALIBRATION_FILE", "Claim", "claim", "read_manifest", "write_atomically", "write_manifest"]
@@ -34,21 +35,21 @@ class Claim:
 
 
 def claim(config: RunConfig, resume: bool | Path = False) -> Claim:
-    """Decides whether a run starts, goes on or is refused; writes nothing.
+    """Decides whether a run starts, goes on or is refused; leaves nothing behind.
 
     Args:
         config: the run file.
         resume: True insists on going on, a path names the checkpoint.
 
     Raises:
-        OutputError: the folder holds a finished run, a run of another config, or something that is no run.
+        OutputError: the folder cannot be written, or holds a finished run, a run of another config, or something that
+            is no run.
         CheckpointError: there is nothing to go on from.
     """
     from rankwise.training.state import last_complete_checkpoint
 
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output_dir: {folder} is a file; name a folder")
+    refuse_unwritable(folder, "output_dir")
     manifest = read_manifest(folder)
     if manifest is None:
         _refuse_strangers(folder)
