@@ -9,7 +9,7 @@ from torch import nn
 
 from rankwise.adapters.attach import adapted_layers
 from rankwise.adapters.checkpoint import save_native
-from rankwise.errors import ConfigError, ExportError, OutputError, VerificationError
+from rankwise.errors import ConfigError, ExportError, ModelError, OutputError, VerificationError
 from rankwise.export.fold import fold
 from rankwise.export.merge import merge_weights, save_merged, verify_merged
 from rankwise.export.write import export_adapter, export_folder
@@ -97,7 +97,7 @@ def test_a_checkpoint_merges_with_its_base_model_only(tmp_path):
     rounded = export_folder(tmp_path / "native", tmp_path / "h", dtype="bfloat16", **options)
     assert rounded.logit_error is None
     assert any("rounding the whole base model" in note for note in rounded.notes)
-    with pytest.raises(ExportError, match="not in the base model"):
+    with pytest.raises(ModelError, match="is not the base of"):
         export_folder(tmp_path / "native", tmp_path / "n", layout="merged", base=ARCHITECTURES["llama"].build())
 
 

@@ -10,7 +10,7 @@ import torch
 from rankwise.adapters.attach import adapted_layers
 from rankwise.adapters.checkpoint import save_native
 from rankwise.adapters.state import STATE_FILE, FoldState
-from rankwise.errors import ArtifactError, ConfigError, ExportError, OutputError, VerificationError
+from rankwise.errors import ArtifactError, ConfigError, ExportError, ModelError, OutputError, VerificationError
 from rankwise.export import staging, write
 from rankwise.export.consumers import EXPORT_TARGETS, consumer_layout
 from rankwise.export.files import read_adapter
@@ -340,3 +340,63 @@ def test_a_damaged_source_writes_nothing(tmp_path):
     with pytest.raises(ArtifactError):
         export_folder(tmp_path / "native", tmp_path / "out" / "a")
     assert _siblings(tmp_path / "native") == ["native"]
+
+
+def test_the_refusal_to_overwrite_says_how_to_allow_it_on_the_command_line_and_in_python(llama, tmp_path):
+    model, plan = llama
+    export_adapter(model, tmp_path / "a", plan=plan)
+    with pytest.raises(OutputError, match=r"with --overwrite \(overwrite=True\)"):
+        export_adapter(model, tmp_path / "a", plan=plan)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_adapter_is_read(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(OutputError, match=r"cannot be made: .*file is not a folder"):
+            export_folder(tmp_path / "no adapter", folder)
+    with pytest.raises(OutputError, match="file is a file; name a folder"):
+        export_folder(tmp_path / "no adapter", tmp_path / "file")
+    assert _content(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write into")
+def test_a_folder_that_the_system_refuses_to_make_is_refused_with_its_reason(tmp_path):
+    with pytest.raises(OutputError, match=r"/proc/x/y cannot be written: a folder in /proc cannot be made \(.+\)"):
+        export_folder(tmp_path / "no adapter", Path("/proc/x/y"))
+
+
+def test_a_writable_place_is_left_as_it_was(tmp_path):
+    staging.refuse_unwritable(tmp_path / "new" / "a")
+    staging.refuse_unwritable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_that_cannot_be_made_after_all_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be written"), staging.staged_folder(tmp_path / "file" / "a"):
+        pass
+
+
+@pytest.mark.parametrize("layout", ["uniform", "merged"])
+def test_a_base_of_another_family_is_refused_with_both_names(llama, tmp_path, layout):
+    model, plan = llama
+    save_native(model, tmp_path / "native")
+    options = {"base": ARCHITECTURES["bert"].build(), "batch": ARCHITECTURES["bert"].batch(), "plan": plan}
+    message = (
+        r"--base: .*\(BertForSequenceClassification\) is not the base of .*native: (\d+) of \1 layers are missing "
+        r"\(first model\.layers\.0\..+\); adapter_config\.json names "
+    )
+    with pytest.raises(ModelError, match=message):
+        export_folder(tmp_path / "native", tmp_path / "a", layout=layout, **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_base_of_another_size_is_refused_with_both_sizes(llama, tmp_path):
+    model, plan = llama
+    save_native(model, tmp_path / "native")
+    base = ARCHITECTURES["llama"].build()
+    layer = base.model.layers[0].self_attn
+    layer.q_proj = torch.nn.Linear(3, 5)
+    message = r"1 of \d+ layers have other sizes \(first .*q_proj is \[5, 3\] there and \[\d+, \d+\] in the adapter\)"
+    with pytest.raises(ModelError, match=message):
+        export_folder(tmp_path / "native", tmp_path / "a", base=base, plan=plan)

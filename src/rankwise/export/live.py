@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rankwise.errors import ExportError, VerificationError
+from rankwise.adapters.layers import view_linear
+from rankwise.errors import ExportError, ModelError, VerificationError
+from rankwise.ranks.shapes import LayerShape
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from rankwise.export.fold import FoldedAdapter
 
 __all__ = [
     "adapter_on_base",
@@ -23,6 +27,7 @@ __all__ = [
     "file_as_second_adapter",
     "left_as_found",
     "loaded_on_fresh",
+    "refuse_other_base",
 ]
 
 _SECOND_ADAPTER = "rankwise_written"
@@ -85,6 +90,41 @@ def loaded_on_fresh(base: nn.Module, folder: Path, batch: Mapping[str, object]) 
     with left_as_found(base), _quiet():
         loaded = PeftModel.from_pretrained(cast("PeftModel", base), str(folder))
     return computed_logits(loaded, batch)
+
+
+def refuse_other_base(base: nn.Module, folded: "FoldedAdapter", source: Path) -> None:
+    """Passes if the base model has every layer of the adapter, of the adapter's sizes.
+
+    Args:
+        base: only read.
+        folded: the adapter.
+        source: the folder it is from, for the message.
+
+    Raises:
+        ModelError: says how many layers are missing or of other sizes, and which base the adapter names.
+    """
+    modules = dict(base.named_modules())
+    missing = [name for name in folded.layers if name not in modules]
+    others = []
+    for name, layer in folded.layers.items():
+        found = view_linear(name, modules[name]) if name in modules else None
+        if found is not None and found.shape != layer.shape:
+            others.append(f"{name} is {_size(found.shape)} there and {_size(layer.shape)} in the adapter")
+    if not missing and not others:
+        return
+    count = len(folded.layers)
+    faults = [f"{len(missing)} of {count} layers are missing (first {missing[0]})"] if missing else []
+    faults += [f"{len(others)} of {count} layers have other sizes (first {others[0]})"] if others else []
+    name = getattr(getattr(base, "config", None), "_name_or_path", "") or "the model"
+    named = f"names {folded.base_name}" if folded.base_name else "names none"
+    raise ModelError(
+        f"--base: {name} ({type(base).__name__}) is not the base of {source}: {'; '.join(faults)}; "
+        f"adapter_config.json {named}. Give the model that it was trained on."
+    )
+
+
+def _size(shape: LayerShape) -> str:
+    return f"[{shape.out_features}, {shape.in_features}]"
 
 
 def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from rankwise.export.consumers import ConsumerVerdict, consumers_of, refuse_cons
 from rankwise.export.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, number, split_tensors
 from rankwise.export.fold import FoldedAdapter, base_module_names, fold, fold_folder
 from rankwise.export.layouts import Layout, build, check_layout, smallest_vllm_rank
-from rankwise.export.live import adapter_on_base, computed_logits
+from rankwise.export.live import adapter_on_base, computed_logits, refuse_other_base
 from rankwise.export.merge import merge_weights, save_merged, verify_merged
 from rankwise.export.staging import (
     ExtraFiles,
@@ -187,6 +187,7 @@ def export_folder(
 
     Raises:
         ArtifactError: the source is missing, damaged or no plain LoRA.
+        ModelError: `base` is not the adapter's base model.
         OutputError, ConfigError, ExportError, VerificationError: as `export_adapter`.
     """
     source = Path(source)
@@ -223,7 +224,10 @@ def _source_adapter(
 ) -> FoldedAdapter:
     folded = fold_folder(source, state, empty_layers=_empty_layers(plan))
     _check_plan(folded, plan, gated=bool(state))
-    return folded if base is None else replace(folded, module_names=base_module_names(base))
+    if base is None:
+        return folded
+    refuse_other_base(base, folded, source)
+    return replace(folded, module_names=base_module_names(base))
 
 
 @dataclass(frozen=True, slots=True)
