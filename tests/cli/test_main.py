@@ -90,3 +90,12 @@ def test_resume_may_stand_alone_before_the_run_file(tmp_path: Path) -> None:
         done = rankwise("train", *words)
         assert done.returncode == 2
         assert "absent.yaml" in done.stderr
+
+
+def test_a_plan_that_cannot_be_written_is_exit_2_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = rankwise("plan", str(tmp_path / "absent.yaml"), "-o", str(tmp_path / "file" / "plan.json"))
+    assert done.returncode == 2
+    assert "error: --output: " in done.stderr
+    assert "file is a file; name a folder" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -298,3 +298,11 @@ def test_printed_it_shows_every_layer_and_the_budget():
     assert lines[1].split() == ["encoder.0.query", "16", "x", "16", "2", "11.31", "64", "0.5", "share", "1.9"]
     assert "208 of 448 parameters (46.4%)" in lines[4]
     assert lines[5] == "note: one note"
+
+
+def test_a_plan_that_cannot_be_written_is_an_error_of_the_plan(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    for path in (tmp_path / "absent" / "plan.json", tmp_path / "folder.json"):
+        with pytest.raises(PlanError, match=r"\.json: the plan cannot be written \(.+\): check the path"):
+            make().save(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.json"]

@@ -27,8 +27,12 @@ def command(
     from rankwise.cli.progress import Drawing, output_console
     from rankwise.errors import OutputError
 
-    if output is not None and output.exists():
-        raise OutputError(f"{output} exists: plans are not overwritten; remove it or name another file")
+    if output is not None:
+        from rankwise.export.staging import refuse_unwritable
+
+        refuse_unwritable(output.absolute().parent, "--output")
+        if output.exists():
+            raise OutputError(f"{output} exists: plans are not overwritten; remove it or name another file")
     from rankwise.workflows.config import load_config
     from rankwise.workflows.events import CostReady, Event
     from rankwise.workflows.plan import plan
@@ -44,6 +48,7 @@ def command(
 
         made = plan(run, listen)
     if output is not None:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
         made.save(output)
         draw.console.print(f"wrote {output}; edit the ranks and train with: rankwise train {config} --plan {output}")
     if as_json:

@@ -1,5 +1,6 @@
 """The plan: which layer gets how many ranks, with which scaling, and why; immutable, kept as JSON, editable by hand."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -262,11 +263,20 @@ class RankPlan:
         return cls(layers=layers, model=ModelIdentity(**model), **settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON; the file is never seen half-written."""
+        """Writes the plan as JSON; the file is never seen half-written.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
         target = Path(path)
         staged = target.with_name(f".{target.name}.{os.getpid()}.part")
-        staged.write_text(self.to_json(), encoding="utf-8")
-        staged.replace(target)
+        try:
+            staged.write_text(self.to_json(), encoding="utf-8")
+            staged.replace(target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                staged.unlink()
+            raise PlanError(f"{path}: the plan cannot be written ({error.strerror}): check the path") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RankPlan":
