@@ -76,6 +76,15 @@ def test_saved_modules_point_to_merged_weights(tmp_path):
     assert "--layout merged --base BASE_MODEL" in audit.command
 
 
+def test_the_command_for_merged_weights_names_the_base_that_the_configuration_names(tmp_path):
+    model, plan = trained("bert", ranks=(2,))
+    export_adapter(model, tmp_path / "a", plan=plan)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "models/my bert"}))
+    words = shlex.split(check_folder(tmp_path / "a").command)
+    assert words[-4:] == ["--layout", "merged", "--base", "models/my bert"]
+
+
 def test_any_stock_adapter_can_be_checked(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     for name, parameter in model.named_parameters():

@@ -90,11 +90,12 @@ def check_folder(folder: str | Path) -> Audit:
     ranks = [pair.rank for pair in pairs.values()]
     verdicts = tuple(audit_files(files.config, files.tensors))
     faults = _faults(files, saved)
-    advice, command = _advice(folder, verdicts, faults, saved)
-    base = files.config.get("base_model_name_or_path")
+    named = files.config.get("base_model_name_or_path")
+    base = named if isinstance(named, str) and named else None
+    advice, command = _advice(folder, verdicts, faults, saved, base)
     return Audit(
         folder=folder,
-        base_model=base if isinstance(base, str) else None,
+        base_model=base,
         layers=len(pairs),
         ranks=(min(ranks), sum(ranks) / len(ranks), max(ranks)),
         r=int(number(files.config, "r")),
@@ -124,7 +125,11 @@ def _faults(files: AdapterFiles, saved: Mapping[str, Tensor]) -> tuple[str, ...]
 
 
 def _advice(
-    folder: Path, verdicts: tuple[ConsumerVerdict, ...], faults: tuple[str, ...], saved: Mapping[str, Tensor]
+    folder: Path,
+    verdicts: tuple[ConsumerVerdict, ...],
+    faults: tuple[str, ...],
+    saved: Mapping[str, Tensor],
+    base: str | None,
 ) -> tuple[str, str | None]:
     if faults:
         return "The file itself is faulty; save it again from the trained model.", None
@@ -137,7 +142,8 @@ def _advice(
     if saved:
         return (
             "modules_to_save is served by PEFT and transformers only; other servers need merged weights.",
-            f"rankwise export {source} -o {shlex.quote(f'{folder}-merged')} --layout merged --base BASE_MODEL",
+            f"rankwise export {source} -o {shlex.quote(f'{folder}-merged')} --layout merged "
+            f"--base {shlex.quote(base or 'BASE_MODEL')}",
         )
     if any(verdict.status != "ok" for verdict in verdicts if verdict.consumer != "tgi"):
         return "One rank and a folded scaling are read alike everywhere.", (
