@@ -1,5 +1,6 @@
 """Export from whatever a run left: its final adapter, a checkpoint, or a foreign adapter."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rankwise.errors import ArtifactError, ConfigError
+from rankwise.workflows.events import Event, Note
 from rankwise.workflows.export import export
 from rankwise.workflows.train import train
 from tests.workflows.conftest import MakeConfig
@@ -67,3 +69,25 @@ def test_unknown_layouts_and_contradictions_are_refused(tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "out", layout="zip")
     with pytest.raises(ConfigError, match="--for merged writes merged weights, and --layout asks for compact"):
         export(tmp_path, tmp_path / "out", layout="compact", consumer="merged")
+
+
+def test_a_finished_run_that_lost_its_configuration_is_no_reason_to_export_a_checkpoint(
+    run: Path, tmp_path: Path
+) -> None:
+    (run / "adapter_config.json").unlink()
+    with pytest.raises(ArtifactError, match=r"the final adapter is incomplete: adapter_config\.json is missing"):
+        export(run, tmp_path / "out")
+    (run / "rankwise.json").unlink()
+    with pytest.raises(ArtifactError, match="the final adapter is incomplete"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export(run / "checkpoint-4", tmp_path / "out").layers > 0
+
+
+def test_an_unfinished_run_is_exported_from_its_last_checkpoint(run: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run / "rankwise.json").read_text())
+    (run / "rankwise.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    (run / "adapter_config.json").unlink()
+    notes: list[Event] = []
+    export(run, tmp_path / "out", notes.append)
+    assert any(isinstance(note, Note) and "exporting checkpoint-4" in note.text for note in notes)

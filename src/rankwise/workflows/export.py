@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import ArtifactError, ConfigError, ModelError
+from rankwise.errors import ArtifactError, ConfigError, ModelError, OutputError
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.events import Listener, Note, ignore
 from rankwise.workflows.job import Phases
@@ -99,6 +99,11 @@ def _adapter_folder(source: Path, listener: Listener) -> Path:
         raise ArtifactError(f"{source} does not exist; give a run's folder, a checkpoint or a PEFT LoRA folder")
     if (source / "adapter_config.json").is_file():
         return source
+    if source.is_dir() and _is_finished(source):
+        raise ArtifactError(
+            f"{source}: the final adapter is incomplete: adapter_config.json is missing; put it back, or name the "
+            "checkpoint to export"
+        )
     checkpoint = last_complete_checkpoint(source) if source.is_dir() else None
     if checkpoint is None:
         raise ArtifactError(
@@ -107,6 +112,17 @@ def _adapter_folder(source: Path, listener: Listener) -> Path:
         )
     listener(Note(text=f"{source} holds no final adapter; exporting {checkpoint.name}", level="warning"))
     return checkpoint
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run left its final adapter here, by its manifest or, without one, by the adapter's weights."""
+    try:
+        manifest = read_manifest(folder)
+    except OutputError:
+        manifest = None
+    if manifest is None:
+        return (folder / "adapter_model.safetensors").is_file()
+    return bool(manifest.get("status") == "finished")
 
 
 def _plan_of(folder: Path) -> RankPlan | None:
