@@ -1,5 +1,6 @@
 """Bad input is one clear message before anything is written."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.errors import BudgetError, ConfigError, DataError, ModelError, PlanError, RankwiseError, TargetError
 from rankwise.workflows.plan import plan
+from rankwise.workflows.quiet import quiet_libraries
 from rankwise.workflows.train import train
 from tests.workflows.conftest import MakeConfig, colored, make_model, make_tokenizer, write_rows
 
@@ -32,8 +34,28 @@ def test_a_folder_that_holds_no_model(classification: MakeConfig, tmp_path: Path
     refused(classification, ModelError, "holds no config.json", model=str(tmp_path / "empty"))
 
 
-def test_a_hub_id_that_cannot_be_fetched(classification: MakeConfig) -> None:
-    refused(classification, ModelError, "cannot load the tokenizer of nobody/nothing", model="nobody/nothing")
+def test_a_relative_path_that_reads_as_a_hub_id(classification: MakeConfig) -> None:
+    message = "model: models/tiny-llama is no folder here, and the hub gave no model of that name"
+    refused(classification, ModelError, message, model="models/tiny-llama")
+
+
+@pytest.mark.parametrize("name", ["./tiny", "../models/tiny", "models/a/tiny", "models/tiny/", "~/no-model", "a b"])
+def test_a_name_that_is_no_hub_id_does_not_reach_the_hub(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def asked(*args: Any, **options: Any) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    refused(classification, ModelError, f"model: {name} does not exist; give a local folder", model=name)
+
+
+def test_the_hubs_retries_are_not_logged_while_the_libraries_are_quiet() -> None:
+    client = logging.getLogger("huggingface_hub.utils._http")
+    before = client.getEffectiveLevel()
+    with quiet_libraries():
+        assert not client.isEnabledFor(logging.WARNING)
+    assert client.getEffectiveLevel() == before
 
 
 def test_a_data_path_that_does_not_exist(classification: MakeConfig) -> None:
@@ -153,9 +175,9 @@ def test_a_run_that_is_all_warm_up(classification: MakeConfig) -> None:
 
 
 def test_the_library_state_is_put_back_after_a_refusal(classification: MakeConfig) -> None:
-    from transformers.utils import logging
+    from transformers.utils import logging as library
 
-    before = (logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_rng_state())
+    before = (library.get_verbosity(), library.is_progress_bar_enabled(), torch.get_rng_state())
     refused(classification, TargetError, "quary", target_modules=["quary"], method="lora")
-    assert before[:2] == (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    assert before[:2] == (library.get_verbosity(), library.is_progress_bar_enabled())
     assert torch.equal(before[2], torch.get_rng_state())

@@ -1,5 +1,6 @@
 """The base model and its tokenizer: loaded as the run file says, refused where something is missing or damaged."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadedModel", "load_model", "load_tokenizer", "model_dtype"]
 
 _SHOWN = 5
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,7 +75,7 @@ def load_model(config: RunConfig, label_names: Sequence[str] = ()) -> LoadedMode
         try:
             model, found = kind.from_pretrained(config.model, output_loading_info=True, **options)
         except Exception as error:
-            raise ModelError(f"model: cannot load {config.model}: {_first_lines(error)}") from error
+            raise _not_loaded(config.model, config.model, error) from error
     new = _new_modules(config, model, sorted(found["missing_keys"]))
     _check_finite(config.model, model)
     return LoadedModel(model=model, new_modules=new)
@@ -93,7 +95,7 @@ def load_tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
             config.model, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ModelError(f"model: cannot load the tokenizer of {config.model}: {_first_lines(error)}") from error
+        raise _not_loaded(f"the tokenizer of {config.model}", config.model, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"model: the tokenizer of {config.model} has neither a padding nor an end-of-text token")
@@ -109,8 +111,16 @@ def _check_place(name: str, needed: str) -> None:
             raise ModelError(f"model: the folder {name} holds no {needed}; give a folder that transformers can load")
     elif path.is_file():
         raise ModelError(f"model: {name} is a file; give the folder that holds it, or a hub id")
-    elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
+    elif not _HUB_ID.match(name):
         raise ModelError(f"model: {name} does not exist; give a local folder or a hub id")
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> ModelError:
+    """The error for a model that transformers could not load; a mistyped path reads as a hub id and is told as both."""
+    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+        reason = _first_lines(error)
+        return ModelError(f"model: {name} is no folder here, and the hub gave no model of that name: {reason}")
+    return ModelError(f"model: cannot load {what}: {_first_lines(error)}")
 
 
 def _check_weight_files(name: str) -> None:

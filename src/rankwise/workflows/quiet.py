@@ -12,12 +12,12 @@ __all__ = ["quiet_libraries"]
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars, printed dictionaries or remarks of transformers, TRL, accelerate and datasets."""
+    """No progress bars, printed dictionaries or remarks of the libraries underneath, the hub's client among them."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    levels = {name: logging.getLogger(name).level for name in ("trl", "accelerate")}
+    levels = {name: logging.getLogger(name).level for name in ("trl", "accelerate", "huggingface_hub")}
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for name in levels:
