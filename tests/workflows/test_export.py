@@ -7,7 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rankwise.errors import ArtifactError, ConfigError
+from rankwise.errors import ArtifactError, ConfigError, OutputError
 from rankwise.workflows.events import Event, Note
 from rankwise.workflows.export import export
 from rankwise.workflows.train import train
@@ -91,3 +91,9 @@ def test_an_unfinished_run_is_exported_from_its_last_checkpoint(run: Path, tmp_p
     notes: list[Event] = []
     export(run, tmp_path / "out", notes.append)
     assert any(isinstance(note, Note) and "exporting checkpoint-4" in note.text for note in notes)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be made"):
+        export(tmp_path / "none", tmp_path / "file" / "out", base_model="nobody/nothing")

@@ -53,10 +53,12 @@ def export(
         ArtifactError: the source is missing, damaged or no plain LoRA.
         ConfigError, OutputError, ExportError, VerificationError: as `export.write.export_folder`.
     """
+    from rankwise.export.staging import refuse_unwritable
     from rankwise.export.write import export_folder
 
     source = Path(source)
     chosen = _layout(layout, consumer)
+    refuse_unwritable(Path(destination))  # before a base model is loaded
     folder = _adapter_folder(source, listener)
     phases = Phases(listener)
     with quiet_libraries():
