@@ -128,8 +128,8 @@ def _comparisons(records: Sequence[Record]) -> str:
     lines += [
         "",
         f"Paired bootstrap over the 10,000 test rows and the seeds, {RESAMPLES:,} draws. `better` and `worse` need "
-        "both metrics to agree, with intervals that leave out 0. With fewer than five seeds they are a reading of these "
-        "runs and no claim about the methods; with one seed an interval knows nothing of that seed's luck.",
+        "both metrics to agree, with intervals that leave out 0. With fewer than five seeds they are a reading of "
+        "these runs and no claim about the methods; with one seed an interval knows nothing of that seed's luck.",
     ]
     return "\n".join(lines)
 
