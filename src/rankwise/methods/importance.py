@@ -140,7 +140,7 @@ def mean_absolute_product(weight: Float[Tensor, "rows in"], gradient: Float[Tens
             torch.mul(weight[first : first + step], gradient[first : first + step], out=block)
         else:
             block.copy_(weight[first : first + step]).mul_(gradient[first : first + step])
-        # BLAS adds a row up several times faster than `sum` does on a CPU; the sums of rows are then added in float64.
+        # One BLAS call a block adds the rows up; the sums of rows are then added in float64.
         total += torch.mv(block.abs_(), ones).double().sum()
     return total.item() / weight.numel()
 
