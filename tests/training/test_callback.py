@@ -48,6 +48,8 @@ class Recorder:
     def end(self, step: int) -> None:
         self.calls.append(("end", step))
 
+    def close(self) -> None: ...
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

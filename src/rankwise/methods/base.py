@@ -5,13 +5,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rankwise.adapters.layers import LinearLayer
 from rankwise.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
+from rankwise.methods.schedule import Scene, Schedule
 from rankwise.ranks.shapes import LayerShape, ScalingRule
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Evaluator",
     "Factors",
     "Method",
+    "OffsetPlace",
     "Slot",
     "Start",
     "keep_float32",
@@ -34,6 +37,10 @@ DtypeCast = Callable[[Tensor], Tensor]
 def keep_float32(factor: Tensor) -> Tensor:
     """The cast of a float32 adapter: nothing is rounded."""
     return factor
+
+
+OffsetPlace = Literal["none", "adapter", "base"]
+"""Where the update of the start is subtracted again, so that step 0 computes what the base model computes."""
 
 
 class Slot(StrEnum):
@@ -134,6 +141,13 @@ class Method:
     """Recommended learning rates under AdamW: low end, default, high end."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Named settings ("paper", "official"): keyword arguments of the dataclass."""
+    unclipped: ClassVar[bool] = False
+    """Whether the trainer must not clip gradients, because the method clips what is invariant by itself."""
+
+    @property
+    def offset_place(self) -> OffsetPlace:
+        """Where the start's update is subtracted (initialize slot): nowhere, beside the adapter, or from the base."""
+        return "none"
 
     def request(
         self, layers: Sequence[LayerShape], budget: Budget, seed: int, *, dtype_cast: DtypeCast = keep_float32
@@ -165,6 +179,21 @@ class Method:
     def refine(self, start: Mapping[str, Factors], evaluate: Evaluator) -> Mapping[str, Factors] | None:
         """New lora_B values found by evaluating batches on the attached, untrained model; None to keep them."""
         return None
+
+    def make_optimizer(self, groups: Sequence[dict[str, Any]], *, lr: float) -> Optimizer:
+        """The optimizer of the run (optimize slot).
+
+        Args:
+            groups: parameter groups: `{"kind": "lora_pair", "params": [A1, B1, A2, B2, ...], "scaling": [s1, s2, ...],
+                "weight_decay": ...}` and `{"kind": "plain", "params": [...], "weight_decay": ...}` (AdamW); both may hold
+                `betas`, and plain ones `eps`.
+            lr: the learning rate of groups without their own.
+        """
+        raise NotImplementedError(f"{self.id} does not fill the optimize slot")
+
+    def make_schedule(self, scene: Scene) -> Schedule:
+        """What acts around steps (schedule slot); hooks are put on the model here and taken off by its `close`."""
+        raise NotImplementedError(f"{self.id} does not fill the schedule slot")
 
     def notes(self, ranks: Mapping[str, int], budget: Budget) -> tuple[str, ...]:
         """What the user should be told beside a plan with these ranks, one sentence each."""

@@ -17,12 +17,12 @@ from rankwise.calibration.processes import broadcast_object, process_index, worl
 from rankwise.calibration.statistics import GradientStatistics
 from rankwise.errors import VerificationError
 from rankwise.methods.recipe import Recipe
+from rankwise.methods.schedule import Schedule
 from rankwise.ranks.plan import RankPlan
 from rankwise.training.guard import Guard, HealthCheck
 from rankwise.training.optimizers import adamw_and_scheduler, unwrapped
 from rankwise.training.precision import KeptPrecision
 from rankwise.training.sample import Sample
-from rankwise.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,0 +1,73 @@
+"""What happens around steps: the protocol that every schedule, the callback and a bare loop share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rankwise.adapters.attach import AdaptedLayer
+from rankwise.adapters.state import FactorPair
+from rankwise.calibration.batches import Loss
+
+__all__ = ["Scene", "Schedule"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scene:
+    """What a schedule acts on: the attached model as it stands before the first step.
+
+    Args:
+        model: the attached model, not wrapped for distributed training.
+        layers: the adapted layers by full name, in the model's order.
+        seed: the run's seed; draws come from `linalg.random.generator(seed, purpose, ...)`.
+        offsets: by layer, the pair that is subtracted beside the live one (LoRA-GA's start).
+        validation: batches for schedules that score.
+        loss: `loss(model, batch) -> (mean loss, weight)` if the model's own does not serve.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, AdaptedLayer]
+    seed: int
+    offsets: Mapping[str, FactorPair] = field(default_factory=dict)
+    validation: Sequence[Any] | None = None
+    loss: Loss | None = None
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """One schedule of a session; steps count optimizer steps from 1, whatever the accumulation.
+
+    The order within a step: `before_step`, all micro-batches, gradient clipping, `before_optimizer_step`, the
+    optimizer, `after_step`, then logging, evaluation and saving.
+    """
+
+    def begin(self, optimizer: Optimizer, max_steps: int) -> None:
+        """Before the first step (of a resumed run too, after `load_state_dict`); the optimizer is unwrapped."""
+
+    def before_step(self, step: int) -> None:
+        """Before the forward pass of step `step`."""
+
+    def before_optimizer_step(self, step: int) -> None:
+        """After clipping; gradients may be read."""
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer, before logging, evaluation and saving."""
+
+    def end(self, step: int) -> None:
+        """After the last step."""
+
+    def close(self) -> None:
+        """Takes every hook off the model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready values and tensors, in one flat mapping."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict`.
+
+        Raises:
+            CheckpointError: the state is another schedule's, or a part is missing.
+        """
