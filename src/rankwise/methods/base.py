@@ -185,8 +185,8 @@ class Method:
 
         Args:
             groups: parameter groups: `{"kind": "lora_pair", "params": [A1, B1, A2, B2, ...], "scaling": [s1, s2, ...],
-                "weight_decay": ...}` and `{"kind": "plain", "params": [...], "weight_decay": ...}` (AdamW); both may hold
-                `betas`, and plain ones `eps`.
+                "weight_decay": ...}` and `{"kind": "plain", "params": [...], "weight_decay": ...}` (AdamW); both
+                may hold `betas`, and plain ones `eps`.
             lr: the learning rate of groups without their own.
         """
         raise NotImplementedError(f"{self.id} does not fill the optimize slot")
