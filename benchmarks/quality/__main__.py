@@ -73,7 +73,7 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
     clock = [time.perf_counter()]
     started = arm.start(arm, bench, seed)
     clock.append(time.perf_counter())
-    losses = train(started.model, bench, rate, seed)
+    losses = train(started.model, bench, rate, seed, started.session)
     clock.append(time.perf_counter())
     validation = pack(evaluate(started.model, bench.validation, None, bench), rows=False)
     found = Record({"validation": validation}).choice

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise.adapters.attach import attach_lora
 from rankwise.adapters.targets import resolve_targets
+from rankwise.methods.base import Method
 from rankwise.ranks.allocation import water_fill
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape, ScalingRule, uniform_budget
@@ -32,6 +33,8 @@ class Started:
 
     model: nn.Module
     plan: RankPlan
+    session: "rw.Session | None" = None
+    """Where a method acts during training too."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _gora(arm: Arm, *, own_scale: bool = False) -> "rw.GoRA":
     return rw.GoRA(r_min=least, scaling="average", rank_stabilized=False)
 
 
-def _calibration(bench: Bench, seed: int, r: int) -> Calibration:
+def _calibration(bench: Bench, seed: int, r: int, kind: str = "gora") -> Calibration:
     batches = list(bench.batches(seed))[:CALIBRATION_BATCHES]
     folder = Path(tempfile.gettempdir()) / "rankwise-quality"
     folder.mkdir(exist_ok=True)
@@ -102,7 +105,7 @@ def _calibration(bench: Bench, seed: int, r: int) -> Calibration:
         max_batches=CALIBRATION_BATCHES,
         memory="exact",
         autocast_dtype=torch.bfloat16,
-        cache=folder / f"statistics-r{r}-seed{seed}.safetensors",
+        cache=folder / f"statistics-{kind}-r{r}-seed{seed}.safetensors",
         data_identity=f"{bench.identity['data_sha256']} seed {seed}",
     )
 
@@ -173,7 +176,34 @@ def _gora_whole(own_scale: bool) -> Callable[[Arm, Bench, int], Started]:
     return start
 
 
+def _methods(*chosen: "Callable[[Arm], Method]") -> Callable[[Arm, Bench, int], Started]:
+    """Whole methods, in training too, each on its defaults but for the common scaling of 2."""
+
+    def start(arm: Arm, bench: Bench, seed: int) -> Started:
+        methods = [choose(arm) for choose in chosen]
+        needs = rw.Recipe.of(methods).needs_gradients
+        session = rw.attach(
+            bench.fresh_model(),
+            methods,
+            r=arm.r,
+            lora_alpha=2 * arm.r,
+            calibration=_calibration(bench, seed, arm.r, arm.name) if needs else None,
+            seed=seed,
+            loss=_loss(bench),
+        )
+        return Started(session.model, session.plan, session)
+
+    return start
+
+
+def _default(name: str) -> "Callable[[Arm], Method]":
+    """A method by its facade name, on its defaults."""
+    return lambda arm: getattr(rw, name)()
+
+
 _ONE, _FOUR, _SIXTEEN = (4.5e-3, 6e-3, 9e-3), (3e-3, 4.5e-3, 6e-3), (1.5e-3, 3e-3, 4.5e-3)
+_LOW, _RITE = (7.5e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 4.5e-3)
+_GA_PRO = _methods(_default("LoRAGA"), _default("LoRAPro"))
 
 ARMS: tuple[Arm, ...] = (
     Arm("uniform-r1", "uniform, r = 1", 1, _ONE, _uniform, None),
@@ -194,4 +224,18 @@ ARMS: tuple[Arm, ...] = (
     Arm("uniform-r4", "uniform, r = 4", 4, _FOUR, _uniform, "uniform-r1"),
     Arm("gora-r4", "GoRA: ranks and start, mean r = 4", 4, _FOUR, _gora_whole(own_scale=False), "uniform-r4"),
     Arm("gora-own-scale", "GoRA with its own scale", 1, _ONE, _gora_whole(own_scale=True), "uniform-r1"),
+    Arm("lora-ga", "LoRA-GA, r = 1", 1, _LOW, _methods(_default("LoRAGA")), "uniform-r1"),
+    Arm("lora-pro", "LoRA-Pro, r = 1", 1, _ONE, _methods(_default("LoRAPro")), "uniform-r1"),
+    Arm("lora-rite", "LoRA-RITE, r = 1", 1, _RITE, _methods(_default("LoRARITE")), "uniform-r1"),
+    Arm("ggpo", "GGPO, r = 1", 1, _ONE, _methods(_default("GGPO")), "uniform-r1"),
+    Arm("mgpo", "MGPO, r = 1", 1, _ONE, _methods(_default("MGPO")), "uniform-r1"),
+    Arm("gora-lora-rite", "GoRA + LoRA-RITE, mean r = 1", 1, _RITE, _methods(_gora, _default("LoRARITE")), "uniform-r1"),
+    Arm("lora-ga-lora-pro", "LoRA-GA + LoRA-Pro, r = 1", 1, _LOW, _GA_PRO, "uniform-r1"),
+    Arm("gora-ggpo", "GoRA + GGPO, mean r = 1", 1, _ONE, _methods(_gora, _default("GGPO")), "uniform-r1"),
+    Arm("rora-mgpo", "RoRA + MGPO, r = 1", 1, _ONE, _methods(_default("RoRA"), _default("MGPO")), "uniform-r1"),
+    Arm("lora-ga-r4", "LoRA-GA, r = 4", 4, _LOW, _methods(_default("LoRAGA")), "uniform-r4"),
+    Arm("lora-pro-r4", "LoRA-Pro, r = 4", 4, _FOUR, _methods(_default("LoRAPro")), "uniform-r4"),
+    Arm("lora-rite-r4", "LoRA-RITE, r = 4", 4, _RITE, _methods(_default("LoRARITE")), "uniform-r4"),
+    Arm("ggpo-r4", "GGPO, r = 4", 4, _FOUR, _methods(_default("GGPO")), "uniform-r4"),
+    Arm("mgpo-r4", "MGPO, r = 4", 4, _FOUR, _methods(_default("MGPO")), "uniform-r4"),
 )

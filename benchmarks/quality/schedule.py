@@ -7,7 +7,7 @@ from benchmarks.quality.records import Record
 
 __all__ = ["LADDER", "best_rate", "grid_left", "interior", "seeds_left"]
 
-LADDER = (7.5e-4, 1.5e-3, 3e-3, 4.5e-3, 6e-3, 9e-3, 1.2e-2, 1.5e-2, 2.4e-2)
+LADDER = (9.5e-5, 1.9e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 4.5e-3, 6e-3, 9e-3, 1.2e-2, 1.5e-2, 2.4e-2)
 GRID_SEED = 0
 
 

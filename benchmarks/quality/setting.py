@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from benchmarks.quality import wordnet
 from torch import Tensor, nn
 
 from rankwise.linalg.random import derived_seed
+from rankwise.training.optimizers import pair_groups
+from rankwise.training.session import Session
 
 __all__ = ["Bench", "Scores", "batch_loss", "evaluate", "load_bench", "train"]
 
@@ -109,20 +112,40 @@ def batch_loss(model: nn.Module, batch: Batch, head: Tensor) -> tuple[Tensor, Te
         return nn.functional.cross_entropy(logits, batch["label"], reduction="none"), logits
 
 
-def train(model: nn.Module, bench: Bench, learning_rate: float, seed: int) -> list[float]:
-    """200 steps of AdamW on the adapter; returns the loss of every step."""
+def train(
+    model: nn.Module, bench: Bench, learning_rate: float, seed: int, session: Session | None = None
+) -> list[float]:
+    """200 steps on the adapter; returns the loss of every step.
+
+    Without a session, or where no method of its recipe brings an optimizer, AdamW moves the factors. Gradients are
+    clipped unless the optimizer must not see clipped ones.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
+    method = None if session is None else session.recipe.optimize
+    if session is None or method is None:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    else:
+        groups = pair_groups(model, session.layers, SimpleNamespace(), method)
+        optimizer = method.make_optimizer(groups, lr=learning_rate)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
     model.train()
     losses = []
-    for batch in bench.batches(seed):
+    if session is not None:
+        session.begin(optimizer, STEPS)
+    for step, batch in enumerate(bench.batches(seed), 1):
+        if session is not None:
+            session.before_step(step)
         loss = batch_loss(model, batch, bench.head)[0].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        if method is None or not method.unclipped:
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+        if session is not None:
+            session.before_optimizer_step(step)
         optimizer.step()
-        schedule.step()
+        rates.step()
+        if session is not None:
+            session.after_step(step)
         losses.append(float(loss.detach()))
     model.eval()
     return losses

@@ -183,7 +183,7 @@ def test_balancing_leaves_the_product_and_evens_the_norms() -> None:
 
 
 @pytest.mark.parametrize("basis", [svd_basis, qr_basis, cholesky_basis, eigen_basis, polar_basis])
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("variant", ["decay", "escape"])
 def test_the_trajectory_is_that_of_every_orthonormal_basis(basis, variant) -> None:
     pairs = new_pairs([(10, 6, 2), (8, 9, 4)])
     rite, optimizer = reference_of(pairs, basis=basis, **VARIANTS[variant]), make("rite", pairs, **VARIANTS[variant])
@@ -420,11 +420,12 @@ def test_an_odd_pair_does_not_change_a_bit_of_the_others(odd: str) -> None:
 # The slow reference over everything at once.
 
 
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
-@pytest.mark.parametrize("zero_B", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "zero_B"), [*((variant, False) for variant in sorted(VARIANTS)), ("default", True), ("escape", True)]
+)
 def test_mixed_pairs_follow_the_reference(variant: str, zero_B: bool) -> None:
     pairs = new_pairs(MIXED, zero_B=zero_B)
-    assert against_reference(pairs, 12, size=0.3, **VARIANTS[variant]) <= 1e-9
+    assert against_reference(pairs, 8, size=0.3, **VARIANTS[variant]) <= 1e-9
 
 
 @settings(max_examples=10)

@@ -122,10 +122,9 @@ def test_state_of_16_bit_parameters_is_wider_and_stays_so(kind: str, dtype: torc
     assert_same_state(other, optimizer)
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.bfloat16) for kind in KINDS), ("rite", torch.float16)])
 def test_the_master_of_16_bit_parameters_is_the_float32_run(kind: str, dtype: torch.dtype) -> None:
-    pairs = new_pairs([(10, 6, 2), (6, 12, 4), (10, 6, 2)], dtype=dtype)
+    pairs = new_pairs([(10, 6, 2), (6, 12, 4)], dtype=dtype)
     wide = copied(pairs, torch.float32)
     optimizers = make(kind, pairs, lr=1e-3, weight_decay=0.01), make(kind, wide, lr=1e-3, weight_decay=0.01)
     for step in range(50):
@@ -146,7 +145,7 @@ def test_small_steps_of_bfloat16_parameters_add_up(kind: str) -> None:
     start = pair.product()
     optimizer = make(kind, [pair], lr=1e-5)
     G = 0.05 * random(10, 6, seed=4)
-    for _ in range(200):
+    for _ in range(100):
         walk(optimizer, [pair], [[G]])
     assert not torch.equal(pair.product(), start)
 

@@ -40,13 +40,12 @@ Departures, with reasons:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from rankwise.errors import ConfigError
 from rankwise.methods.base import Method, Slot, setting_faults
@@ -233,22 +232,40 @@ class LoRAProOptimizer(PairOptimizer):
 
 @dataclass(frozen=True, slots=True)
 class Spectra:
-    """S_A = V diag(a) V^T and S_B = U diag(b) U^T, the deltas included in a and b; [..., r] and [..., r, r]."""
+    """S_A = V diag(a) V^T and S_B = U diag(b) U^T, the deltas included in a and b; [..., r] and [..., r, r].
+
+    `seen_a` and `seen_b` are 1 where an eigenvalue is above rounding, else 0. The raw gradients have nothing in the
+    other directions, and 1 / delta must not blow their rounding up.
+    """
 
     a: Tensor
     V: Tensor
+    seen_a: Tensor
     b: Tensor
     U: Tensor
+    seen_b: Tensor
+
+    @classmethod
+    def of(
+        cls, values: Mapping[Side, Tensor], vectors: Mapping[Side, Tensor], delta: Mapping[Side, Tensor], epsilon: float
+    ) -> Self:
+        """Cuts eigenvalues at or below (r eps)^2 * (the largest) off, and adds the deltas [..., 1]."""
+        parts: dict[Side, tuple[Tensor, Tensor]] = {}
+        for side in SIDES:
+            own = values[side]
+            seen = own > (epsilon * own.shape[-1]) ** 2 * own.amax(-1, keepdim=True).clamp(min=0)
+            parts[side] = (torch.where(seen, own, 0.0) + delta[side], seen.to(own.dtype))
+        return cls(parts["A"][0], vectors["A"], parts["A"][1], parts["B"][0], vectors["B"], parts["B"][1])
 
     @property
     def inverse_A(self) -> Tensor:  # noqa: N802
         """(S_A + delta I)^-1."""
-        return (self.V / self.a.unsqueeze(-2)) @ self.V.mT
+        return (self.V * (self.seen_a / self.a).unsqueeze(-2)) @ self.V.mT
 
     @property
     def inverse_B(self) -> Tensor:  # noqa: N802
         """(S_B + delta I)^-1."""
-        return (self.U / self.b.unsqueeze(-2)) @ self.U.mT
+        return (self.U * (self.seen_b / self.b).unsqueeze(-2)) @ self.U.mT
 
 
 def free_matrix(
@@ -329,16 +346,15 @@ class _Solution:
             measured["cross_A"] = a.product(a.grad, a.factor).double()
         return measured
 
+    def deltas(self, block: Block) -> dict[Side, Tensor]:
+        """What is added to the eigenvalues of both sides: delta + delta_rel * trace(S) / r, [N, 1]."""
+        means = {side: _trace(block.halves[side].products["gram"]) / block.rank for side in SIDES}
+        return {side: (self.delta + self.delta_rel * means[side])[:, None] for side in SIDES}
+
     def spectra(self, block: Block, found: Measured) -> Spectra:
         """The spectra with rounding cut off and the deltas added."""
-        parts = {}
-        for side in SIDES:
-            values = found[f"values_{side}"]
-            noise = (block.epsilon * values.shape[-1]) ** 2 * values.amax(-1, keepdim=True)
-            clean = torch.where(values > noise, values, 0.0)
-            mean = _trace(block.halves[side].products["gram"]) / block.rank
-            parts[side] = clean + self.delta + (self.delta_rel * mean)[:, None]
-        return Spectra(parts["A"], found["vectors_A"], parts["B"], found["vectors_B"])
+        values, vectors = ({side: found[f"{name}_{side}"] for side in SIDES} for name in ("values", "vectors"))
+        return Spectra.of(values, vectors, self.deltas(block), block.epsilon)
 
     def coefficients(
         self, block: Block, spectra: Spectra, cross_A: Tensor, cross_B: Tensor, X: Tensor
@@ -431,8 +447,8 @@ class ProEfficient(ProSGD):
         """One AdamW step: torch's fused one on a CPU, masked arithmetic where only the device knows who moves."""
         h = self.adjusted_grad(tall, matrices)
         first, second = tall.state["exp_avg"], tall.state["exp_avg_sq"]
-        if tall.scratch is not None:
-            _fused(tall, h, first, second, numbers["steps"])
+        if tall.steps is not None:
+            _fused(tall, h, first, second, tall.steps)
         else:
             _masked(tall, h, first, second, numbers)
 
@@ -458,11 +474,12 @@ class ProFull(ProSGD):
             spectra = self.solution.spectra(block, found)
             crosses = found["cross_A"], found["cross_B"]
             own = self.solution.coefficients(block, spectra, *crosses, torch.zeros_like(crosses[0]))
-            alive = torch.diag_embed((~block.dead).double())
-            for side, values, vectors in (("A", spectra.a, spectra.V), ("B", spectra.b, spectra.U)):
+            alive, deltas = torch.diag_embed((~block.dead).double()), self.solution.deltas(block)
+            for side in SIDES:
+                values, vectors = found[f"values_{side}"].clamp(min=0), found[f"vectors_{side}"]
                 gram = (vectors * values.unsqueeze(-2)) @ vectors.mT
-                own[side].matrices |= {"gram": gram, "alive": alive}  # type: ignore[index]
-                own[side].numbers["scaling"] = block.scaling  # type: ignore[index]
+                own[side].matrices |= {"gram": gram, "alive": alive}
+                own[side].numbers |= {"scaling": block.scaling, "delta": deltas[side][:, 0]}
             decided.append(own)
         return decided
 
@@ -479,8 +496,13 @@ class ProFull(ProSGD):
         grad_A, grad_B = _through_moments(A, B, h["A"], h["B"], scaling, steps, tall["A"].hyper, state)
         cross_A = (grad_A @ A.mT).double()
         cross_B = (B.mT @ grad_B).double()
-        (a, V), (b, U) = (torch.linalg.eigh(coefficients[side].matrices["gram"]) for side in SIDES)
-        spectra = Spectra(a.clamp(min=self.solution.delta), V, b.clamp(min=self.solution.delta), U)
+        solved = {side: torch.linalg.eigh(coefficients[side].matrices["gram"]) for side in SIDES}
+        spectra = Spectra.of(
+            {side: solved[side][0] for side in SIDES},
+            {side: solved[side][1] for side in SIDES},
+            {side: coefficients[side].numbers["delta"] for side in SIDES},
+            torch.finfo(A.dtype).eps,
+        )
         weight = torch.full((1, 1), scaling**-2, dtype=torch.float64, device=A.device)
         X = free_matrix(self.solution.x_mode, spectra, cross_A, cross_B, weight)
         found = adjusted(spectra, cross_B, X, weight)
@@ -537,29 +559,30 @@ def _through_moments(
     return grad_A, grad_B
 
 
-def _fused(tall: Tall, h: Tensor, first: Tensor, second: Tensor, steps: Amount) -> None:
-    """Torch's fused AdamW over the factors that move; `steps` counts this one already."""
-    counts = [float(steps)] if isinstance(steps, float) else steps.flatten().tolist()
+def _fused(tall: Tall, h: Tensor, first: Tensor, second: Tensor, steps: Sequence[Tensor]) -> None:
+    """Torch's fused AdamW over the factors that move."""
     parts = [[one] if h.ndim == 2 else list(one.unbind(0)) for one in (tall.factor, h, first, second)]
-    chosen = range(len(counts)) if tall.moving is None else tall.moving
-    if not chosen:
-        return
-    factors, grads, firsts, seconds = ([part[i] for i in chosen] for part in parts)
-    adamw(
+    if tall.moving is not None:
+        parts = [[part[i] for i in tall.moving] for part in parts]
+        steps = [steps[i] for i in tall.moving]
+        if not steps:
+            return
+    hyper = tall.hyper
+    # The kernel under torch.optim.adamw: its wrapper, made for whole models, costs more than the step of one factor.
+    factors, grads, firsts, seconds = parts
+    torch._fused_adamw_(
         factors,
         grads,
         firsts,
         seconds,
         [],
-        [torch.tensor(counts[i] - 1) for i in chosen],
-        fused=True,
-        foreach=False,
+        list(steps),
         amsgrad=False,
-        beta1=tall.hyper["beta1"],
-        beta2=tall.hyper["beta2"],
-        lr=tall.hyper["lr"],
-        weight_decay=tall.hyper["weight_decay"],
-        eps=tall.hyper["eps"],
+        lr=hyper["lr"],
+        beta1=hyper["beta1"],
+        beta2=hyper["beta2"],
+        weight_decay=hyper["weight_decay"],
+        eps=hyper["eps"],
         maximize=False,
     )
 

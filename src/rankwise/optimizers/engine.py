@@ -224,6 +224,7 @@ class PairOptimizer(Optimizer):
         for chunk in chunks:
             for row, slot in enumerate(chunk.slots):
                 chunk_of[stacks[chunk.stack].pairs[slot], chunk.side] = (chunk, row)
+        self._scratch.reserve(chunks)
         layout = _Layout(pairs, stacks, chunks, chunk_of, [_lengths(stack, pairs) for stack in stacks])
         for stack in stacks:
             for slot, number in enumerate(stack.pairs):
@@ -281,23 +282,31 @@ class PairOptimizer(Optimizer):
             self._apply_pairs(self._rule, layout, decided, blocks)
         else:
             self._apply(layout, decided, blocks, present, hyper)
+        for chunk in layout.chunks:
+            if not chunk.single:
+                chunk.tall = None  # stacked copies of factors and gradients live for the step only
         layout.versions = [(pair.lora_A._version, pair.lora_B._version) for pair in layout.pairs]
         for stack, block in zip(layout.stacks, blocks, strict=True):
             for side in SIDES:
                 stack.steps[side].copy_(block.halves[side].steps)
 
     def _tall(self, chunk: Chunk, skipped: Sequence[bool] | None, hyper: Mapping[str, float]) -> Tall:
-        negated = bool(self.param_groups[chunk.group]["maximize"])
-        factor = chunk.gather_factor(self._scratch)
-        on_cpu = factor.device.type == "cpu"
-        return Tall(
-            factor=factor,
-            grad=chunk.gather_grad(self._scratch, negated, skipped),
-            state=chunk.state,
-            wide=chunk.side == "A",
-            hyper=hyper,
-            scratch=(lambda name: self._scratch.of(name, factor.shape, factor, factor.dtype)) if on_cpu else None,
-        )
+        """The chunk as the rule sees it, with this step's factors and gradients."""
+        factor = chunk.gather_factor()
+        grad = chunk.gather_grad(bool(self.param_groups[chunk.group]["maximize"]), skipped)
+        if chunk.tall is None:
+            scratch = self._scratch
+            on_cpu = factor.device.type == "cpu"
+            chunk.tall = Tall(
+                factor=factor,
+                grad=grad,
+                state=chunk.state,
+                wide=chunk.side == "A",
+                scratch=(lambda name: scratch.of(name, chunk)) if on_cpu else None,
+            )
+        tall = chunk.tall
+        tall.factor, tall.grad, tall.hyper, tall.moving = factor, grad, hyper, None
+        return tall
 
     def _reduced(self, layout: _Layout, present: "_Present", hyper: Sequence[_Hyper]) -> list[_Products]:
         """The products of every chunk, in the stacks' order, padded with zeros."""
@@ -389,8 +398,8 @@ class PairOptimizer(Optimizer):
         one.master = None if chunk.master is None else chunk.rows(chunk.master)[row]
         one.state = {name: chunk.rows(tensor)[row] for name, tensor in chunk.state.items()}
         group = self.param_groups[chunk.group]
-        grad = one.gather_grad(self._scratch, bool(group["maximize"]), None)
-        return Tall(one.gather_factor(self._scratch), grad, one.state, side == "A", _hyper(group, side))
+        grad = one.gather_grad(bool(group["maximize"]), None)
+        return Tall(one.gather_factor(), grad, one.state, side == "A", _hyper(group, side))
 
     def _apply(
         self,
@@ -409,8 +418,11 @@ class PairOptimizer(Optimizer):
             stays = own.staying(chunk)
             if stays is not None and all(stays):
                 continue
-            tall = self._tall(chunk, present.skipped(chunk, layout), hyper[chunk.group][chunk.side])
-            tall.moving = own.moving(chunk)
+            # Small factors were stacked for the products and still are; large ones lie where they are.
+            tall = chunk.tall
+            if tall is None or chunk.single:
+                tall = self._tall(chunk, present.skipped(chunk, layout), hyper[chunk.group][chunk.side])
+            tall.moving, tall.steps = own.moving(chunk), own.steps(chunk)
             if own.some_stay:  # times zero, a NaN would stay one
                 moves = own.pair_moves[chunk.index]
                 tall.grad = torch.where(moves if chunk.single else moves[:, None, None], tall.grad, 0.0)

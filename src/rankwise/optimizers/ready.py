@@ -52,6 +52,10 @@ class Ready:
         self._numbers = {name: value.to(dtype) for name, value in numbers.items()}
         self._rows = {name: matrix.unbind(0) for name, matrix in self._matrices.items()}
         self._values = {n: v.tolist() if block.on_host else self._numbers[n].unbind(0) for n, v in numbers.items()}
+        self._steps: tuple[Tensor, ...] = ()
+        if block.on_host:
+            self._steps = block.halves[side].steps.float().unbind(0)
+        self._slots = [dict(zip(self._rows, row, strict=True)) for row in zip(*self._rows.values(), strict=True)]
         self._rank = next(iter(matrices.values())).shape[-1]
 
     def staying(self, chunk: Chunk) -> list[bool] | None:
@@ -64,12 +68,16 @@ class Ready:
             return None
         return [place for place, slot in enumerate(chunk.slots) if not self._still[slot]]
 
+    def steps(self, chunk: Chunk) -> list[Tensor] | None:
+        """How many steps each factor of a chunk has made, this one included; None where the host does not know."""
+        return [self._steps[slot] for slot in chunk.slots] if self._steps else None
+
     def of(self, chunk: Chunk) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A chunk's matrices, [r, r] or [k, r, r], and numbers: plain ones on a CPU for one factor, else [k, 1, 1]."""
         r = chunk.rank
         if chunk.single:
             slot = chunk.slots[0]
-            matrices = {name: rows[slot] for name, rows in self._rows.items()}
+            matrices = self._slots[slot]
             numbers: dict[str, Any] = {name: values[slot] for name, values in self._values.items()}
         else:
             matrices = {name: matrix.index_select(0, chunk.index) for name, matrix in self._matrices.items()}

@@ -7,7 +7,7 @@ its shape: one call serves them all.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rankwise.optimizers.pairs import Pair
 from rankwise.optimizers.rule import SIDES, Side
+from rankwise.optimizers.tall import Tall
 
 __all__ = ["Chunk", "Scratch", "Stack", "build_stacks", "computing_type", "full", "needs_master"]
 
@@ -48,16 +49,23 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._most: dict[torch.dtype, int] = {}
 
-    def of(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Uninitialized memory; the next call with this name may hand out the same."""
-        if like.device.type != "cpu":
-            return torch.empty(*shape, dtype=dtype, device=like.device)
-        size = math.prod(shape)
-        held = self._held.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size].view(*shape)
+    def reserve(self, chunks: Iterable["Chunk"]) -> None:
+        """Makes room for the largest of these."""
+        self._held = {}
+        self._most = {}
+        for chunk in chunks:
+            self._most[chunk.dtype] = max(self._most.get(chunk.dtype, 0), math.prod(chunk.shape))
+
+    def of(self, name: str, chunk: "Chunk") -> Tensor:
+        """Uninitialized memory of a chunk's shape; the same name is the same memory for every chunk."""
+        if chunk.parameters[0].device.type != "cpu":
+            return torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.parameters[0].device)
+        key = (name, chunk.dtype)
+        if key not in self._held:
+            self._held[key] = torch.empty(self._most[chunk.dtype], dtype=chunk.dtype)
+        return self._held[key][: math.prod(chunk.shape)].view(chunk.shape)
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +106,7 @@ class Chunk:
         group: their parameter group.
         state: tall state by name: [k, *shape], or of the factor's own shape where the chunk is one factor.
         master: the factors in the computing type where the parameters are not; else None.
+        tall: the chunk as rules see it; made once, because a step has hundreds of them.
         single: whether factors of this shape are worked on one by one, where they are. The shape alone decides, so that
             a factor's bits do not depend on how many others there are.
     """
@@ -111,9 +120,11 @@ class Chunk:
     single: bool
     state: dict[str, Tensor] = field(default_factory=dict)
     master: Tensor | None = None
+    tall: Tall | None = None
     rank: int = field(init=False)
     shape: tuple[int, ...] = field(init=False)
     dtype: torch.dtype = field(init=False)
+    _view: Tensor | None = None
 
     def __post_init__(self) -> None:
         own = tuple(self.parameters[0].shape)
@@ -125,29 +136,33 @@ class Chunk:
         """One view a factor."""
         return [tensor] if self.single else list(tensor.unbind(0))
 
-    def gather_factor(self, scratch: Scratch) -> Tensor:
+    def gather_factor(self) -> Tensor:
         """The factors in the computing type: where they are, their master, or stacked."""
         if self.master is not None:
             return self.master
         if self.single:
-            return self.parameters[0].detach()
-        out = scratch.of("factor", self.shape, self.parameters[0], self.dtype)
-        return torch.stack([p.detach() for p in self.parameters], out=out)
+            if self._view is None or self._view.data_ptr() != self.parameters[0].data_ptr():
+                self._view = self.parameters[0].detach()
+            return self._view
+        return torch.stack([p.detach() for p in self.parameters])
 
-    def gather_grad(self, scratch: Scratch, negated: bool, skipped: Sequence[bool] | None) -> Tensor:
+    def gather_grad(self, negated: bool, skipped: Sequence[bool] | None) -> Tensor:
         """The gradients in the computing type; zeros where there is none or where it is skipped."""
+        if self.single and not negated and (skipped is None or not skipped[0]):
+            grad = self.parameters[0].grad
+            if grad is not None and grad.dtype == self.dtype and not isinstance(grad, DTensor):
+                return grad.detach()
         found = []
         for place, parameter in enumerate(self.parameters):
             grad = parameter.grad
             if grad is None or (skipped is not None and skipped[place]):
                 found.append(torch.zeros(parameter.shape, dtype=self.dtype, device=parameter.device))
+            elif grad.dtype == self.dtype and not isinstance(grad, DTensor):
+                found.append(grad.detach())
             else:
                 found.append(full(grad.detach()).to(self.dtype))
-        if not self.single:
-            grad = torch.stack(found, out=scratch.of("grad", self.shape, self.parameters[0], self.dtype))
-        else:
-            grad = found[0]
-        return -grad if negated else grad
+        whole = found[0] if self.shape == found[0].shape else torch.stack(found)
+        return -whole if negated else whole
 
     def scatter(self, factor: Tensor, skipped: Sequence[bool] | None) -> None:
         """Writes moved factors back into the parameters, rounded to their type."""

@@ -39,6 +39,7 @@ class Tall:
         hyper: the settings of the parameter group.
         moving: the places in the stack whose factor moves, where some do not and the host knows; None where all may.
         scratch: where results of a chunk may lie for as long as the chunk is worked on; None for new memory.
+        steps: for each factor, how many steps it has made, this one included, where the host knows; else None.
     """
 
     factor: Tensor
@@ -48,9 +49,11 @@ class Tall:
     hyper: Mapping[str, float] = field(default_factory=dict)
     moving: Sequence[int] | None = None
     scratch: Callable[[str], Tensor] | None = None
+    steps: Sequence[Tensor] | None = None
     rank: int = field(init=False)
     length: int = field(init=False)
     _pack: int = field(init=False)
+    _rooms: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows, columns = self.factor.shape[-2:]
@@ -64,7 +67,11 @@ class Tall:
 
     def room(self, name: str) -> Tensor | None:
         """Memory of the factor's shape for a result, or None where new memory is as good."""
-        return None if self.scratch is None else self.scratch(name)
+        if self.scratch is None:
+            return None
+        if name not in self._rooms:
+            self._rooms[name] = self.scratch(name)
+        return self._rooms[name]
 
     def product(self, x: Tensor, y: Tensor) -> Float[Tensor, "*k r r"]:
         """X y^T of two tensors of the factor's layout."""
