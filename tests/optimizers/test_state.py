@@ -205,8 +205,6 @@ def test_the_state_of_another_plan_is_refused_with_both_sizes(kind: str, shapes:
     optimizer = make(kind, pairs)
     walk(optimizer, pairs, dense_gradients(pairs, 1))
     before = through_a_file(optimizer.state_dict())
-    if kind == "pro-sgd" and len(shapes) == 2:
-        pytest.skip("plain SGD keeps no tensor that has a shape")
     with pytest.raises(RankwiseError, match=said):
         optimizer.load_state_dict(saved)
     assert_equal_trees(optimizer.state_dict(), before)

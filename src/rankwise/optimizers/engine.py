@@ -7,7 +7,6 @@ state. On an accelerator nothing waits for the device but the stacked eigendecom
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
 import torch
@@ -16,11 +15,12 @@ from torch.optim import Optimizer
 
 from rankwise.errors import CheckpointError, ConfigError
 from rankwise.optimizers.checks import check_gradients, check_settings, state_faults
-from rankwise.optimizers.pairs import Pair, ScalingReader, check_groups, groups_of_model, pairs_of
+from rankwise.optimizers.layout import Layout, Present, build_layout
+from rankwise.optimizers.pairs import ScalingReader, check_groups, groups_of_model, pairs_of
 from rankwise.optimizers.plain import step_plain
 from rankwise.optimizers.ready import Ready
 from rankwise.optimizers.rule import SIDES, Block, Coefficients, Half, JointRule, Measured, PairView, Side, StepRule
-from rankwise.optimizers.stacks import Chunk, Scratch, Stack, build_stacks, full
+from rankwise.optimizers.stacks import Chunk, Scratch, full
 from rankwise.optimizers.tall import Tall
 
 __all__ = ["PairOptimizer", "Source"]
@@ -32,19 +32,6 @@ _Loss = TypeVar("_Loss")
 _HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
 _Hyper = Mapping[Side, Mapping[str, float]]
 _Products = dict[Side, dict[str, Tensor]]
-
-
-@dataclass(slots=True, eq=False)
-class _Layout:
-    """Stacks and chunks, where each pair's halves are in them, and what the last step left the factors at."""
-
-    pairs: list[Pair]
-    stacks: list[Stack]
-    chunks: list[Chunk]
-    chunk_of: dict[tuple[int, Side], tuple[Chunk, int]]
-    lengths: list[dict[Side, Tensor]]
-    dense: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    versions: list[tuple[int, int]] | None = None
 
 
 class PairOptimizer(Optimizer):
@@ -64,7 +51,7 @@ class PairOptimizer(Optimizer):
 
     def __init__(self, source: Source, rule: StepRule, defaults: dict[str, Any], adapter_name: str = "default") -> None:
         self._rule = rule
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._scratch = Scratch()
         self._readers: dict[int, ScalingReader] = {}
         if isinstance(source, nn.Module):
@@ -203,9 +190,10 @@ class PairOptimizer(Optimizer):
 
     # --- layout ---------------------------------------------------------------------------------------------------
 
-    def _ready(self) -> _Layout:
+    def _ready(self) -> Layout:
         if self._layout is None:
-            self._layout = self._built()
+            self._layout = build_layout(pairs_of(self.param_groups), self._rule, self.state)
+            self._scratch.reserve(self._layout.chunks)
             return self._layout
         halves = [p for group in self.param_groups if group["kind"] == "lora_pair" for p in group["params"]]
         known = [p for pair in self._layout.pairs for p in (pair.lora_A, pair.lora_B)]
@@ -215,43 +203,6 @@ class PairOptimizer(Optimizer):
                 "wrapped (FSDP2), and do not hand it to an engine that flattens parameters (DeepSpeed ZeRO)"
             )
         return self._layout
-
-    def _built(self) -> _Layout:
-        rule = self._rule
-        pairs = pairs_of(self.param_groups)
-        stacks, chunks = build_stacks(pairs, rule.square_state, rule.number_state, rule.tall_state)
-        chunk_of: dict[tuple[int, Side], tuple[Chunk, int]] = {}
-        for chunk in chunks:
-            for row, slot in enumerate(chunk.slots):
-                chunk_of[stacks[chunk.stack].pairs[slot], chunk.side] = (chunk, row)
-        self._scratch.reserve(chunks)
-        layout = _Layout(pairs, stacks, chunks, chunk_of, [_lengths(stack, pairs) for stack in stacks])
-        for stack in stacks:
-            for slot, number in enumerate(stack.pairs):
-                for side in SIDES:
-                    self._bind(layout, stack, slot, number, side)
-        return layout
-
-    def _bind(self, layout: _Layout, stack: Stack, slot: int, number: int, side: Side) -> None:
-        """Makes self.state of one factor views of the stacks, with what was there before copied in."""
-        pair = layout.pairs[number]
-        parameter = pair.lora_A if side == "A" else pair.lora_B
-        chunk, row = layout.chunk_of[number, side]
-        r = pair.rank
-        views: dict[str, Tensor] = {"step": stack.steps[side][slot]}
-        views |= {name: chunk.rows(tensor)[row] for name, tensor in chunk.state.items()}
-        for name, tensor in stack.state[side].items():
-            views[name] = tensor[slot, :r, :r] if tensor.ndim == 3 else tensor[slot]
-        if chunk.master is not None:
-            views["master"] = chunk.rows(chunk.master)[row]
-        if isinstance(self._rule, JointRule) and side == "B":
-            layout.dense[number] = self._rule.pair_state(pair.lora_A, pair.lora_B)
-            views |= layout.dense[number]
-        before = self.state.get(parameter) or {}
-        for name, view in views.items():
-            if name in before:
-                view.copy_(before[name])
-        self.state[parameter] = views
 
     def _detach_state(self) -> None:
         """Copies of the state in place of views, so that new stacks can be filled from it."""
@@ -268,8 +219,8 @@ class PairOptimizer(Optimizer):
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
-    def _step_pairs(self, layout: _Layout) -> None:
-        present = _Present(layout)
+    def _step_pairs(self, layout: Layout) -> None:
+        present = Present(layout)
         if not present.any:
             return
         self._reread_masters(layout, present)
@@ -308,7 +259,7 @@ class PairOptimizer(Optimizer):
         tall.factor, tall.grad, tall.hyper, tall.moving = factor, grad, hyper, None
         return tall
 
-    def _reduced(self, layout: _Layout, present: "_Present", hyper: Sequence[_Hyper]) -> list[_Products]:
+    def _reduced(self, layout: Layout, present: Present, hyper: Sequence[_Hyper]) -> list[_Products]:
         """The products of every chunk, in the stacks' order, padded with zeros."""
         rows: list[dict[Side, dict[str, list[Tensor]]]] = [{"A": {}, "B": {}} for _ in layout.stacks]
         for chunk in layout.chunks:
@@ -328,10 +279,10 @@ class PairOptimizer(Optimizer):
 
     def _block(
         self,
-        layout: _Layout,
+        layout: Layout,
         number: int,
         products: _Products,
-        present: "_Present",
+        present: Present,
         hyper: Sequence[_Hyper],
     ) -> Block:
         """The block of a stack; pairs with a product that is not finite do not move, and their products are zero."""
@@ -367,7 +318,7 @@ class PairOptimizer(Optimizer):
             on_host=device.type == "cpu",
         )
 
-    def _measured(self, layout: _Layout, number: int, block: Block) -> Measured:
+    def _measured(self, layout: Layout, number: int, block: Block) -> Measured:
         """What the rule measures; ill-conditioned pairs are looked at again."""
         measured, doubtful = self._rule.measure(block)
         if not block.on_host:
@@ -390,7 +341,7 @@ class PairOptimizer(Optimizer):
                 row.copy_(value)
         return measured
 
-    def _alone(self, layout: _Layout, number: int, side: Side) -> Tall:
+    def _alone(self, layout: Layout, number: int, side: Side) -> Tall:
         """One factor with its gradient and state, live."""
         chunk, row = layout.chunk_of[number, side]
         parameter = chunk.parameters[row]
@@ -403,10 +354,10 @@ class PairOptimizer(Optimizer):
 
     def _apply(
         self,
-        layout: _Layout,
+        layout: Layout,
         decided: Sequence[Mapping[Side, Coefficients]],
         blocks: Sequence[Block],
-        present: "_Present",
+        present: Present,
         hyper: Sequence[_Hyper],
     ) -> None:
         ready = [
@@ -432,7 +383,7 @@ class PairOptimizer(Optimizer):
     def _apply_pairs(
         self,
         rule: JointRule,
-        layout: _Layout,
+        layout: Layout,
         decided: Sequence[Mapping[Side, Coefficients]],
         blocks: Sequence[Block],
     ) -> None:
@@ -456,7 +407,7 @@ class PairOptimizer(Optimizer):
                     if chunk.master is not None and moving[side][slot]:
                         chunk.scatter(chunk.master, [place != row for place in range(len(chunk.parameters))])
 
-    def _reread_masters(self, layout: _Layout, present: "_Present") -> None:
+    def _reread_masters(self, layout: Layout, present: Present) -> None:
         """A 16-bit parameter that something else wrote to is believed, not its old master."""
         for stack in layout.stacks:
             for side in SIDES:
@@ -473,7 +424,7 @@ class PairOptimizer(Optimizer):
     def _scalings(self) -> list[float]:
         return [float(self.param_groups[p.group]["scaling"][p.place]) for p in pairs_of(self.param_groups)]
 
-    def _check_scalings(self, layout: _Layout) -> None:
+    def _check_scalings(self, layout: Layout) -> None:
         for pair, known in zip(layout.pairs, self._known_scalings, strict=True):
             group = self.param_groups[pair.group]
             said = float(group["scaling"][pair.place])
@@ -498,52 +449,8 @@ class PairOptimizer(Optimizer):
         return found
 
 
-class _Present:
-    """Which factors have a gradient in this step, and which were edited since the last; the host knows both."""
-
-    def __init__(self, layout: _Layout) -> None:
-        self._has: dict[tuple[int, Side], bool] = {}
-        for number, pair in enumerate(layout.pairs):
-            self._has[number, "A"] = pair.lora_A.requires_grad and pair.lora_A.grad is not None
-            self._has[number, "B"] = pair.lora_B.requires_grad and pair.lora_B.grad is not None
-        self.any = any(self._has.values())
-        self._all = all(self._has.values())
-
-    def skipped(self, chunk: Chunk, layout: _Layout) -> list[bool] | None:
-        """The factors of a chunk whose gradient is not looked at; None if there are none."""
-        if self._all:
-            return None
-        pairs = layout.stacks[chunk.stack].pairs
-        return [not self._has[pairs[slot], chunk.side] for slot in chunk.slots]
-
-    def moves(self, stack: Stack, side: Side) -> Tensor:
-        """Whether each factor of a stack has a gradient."""
-        if self._all:
-            return torch.ones(len(stack.pairs), dtype=torch.bool, device=stack.ranks.device)
-        return torch.tensor([self._has[number, side] for number in stack.pairs], device=stack.ranks.device)
-
-    def edited(self, layout: _Layout, stack: Stack, side: Side) -> Tensor | None:
-        """Which factors of a stack something else wrote to since the last step; None if nothing did."""
-        if layout.versions is None:
-            return None
-        known = [layout.versions[number][side == "B"] for number in stack.pairs]
-        pairs = [layout.pairs[number] for number in stack.pairs]
-        live = [(pair.lora_A if side == "A" else pair.lora_B)._version for pair in pairs]
-        if live == known:
-            return None
-        return torch.tensor([a != b for a, b in zip(live, known, strict=True)], device=stack.ranks.device)
-
-
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
-
-
-def _lengths(stack: Stack, pairs: Sequence[Pair]) -> dict[Side, Tensor]:
-    sizes: dict[Side, list[int]] = {
-        "A": [pairs[number].lora_A.shape[1] for number in stack.pairs],
-        "B": [pairs[number].lora_B.shape[0] for number in stack.pairs],
-    }
-    return {s: torch.tensor(v, dtype=torch.float64, device=stack.ranks.device) for s, v in sizes.items()}
 
 
 def _hyper(group: Mapping[str, Any], side: Side) -> dict[str, float]:
