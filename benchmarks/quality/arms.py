@@ -203,6 +203,7 @@ def _default(name: str) -> "Callable[[Arm], Method]":
 
 _ONE, _FOUR, _SIXTEEN = (4.5e-3, 6e-3, 9e-3), (3e-3, 4.5e-3, 6e-3), (1.5e-3, 3e-3, 4.5e-3)
 _LOW, _RITE = (7.5e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 4.5e-3)
+_GORA_RITE = _methods(_gora, _default("LoRARITE"))
 _GA_PRO = _methods(_default("LoRAGA"), _default("LoRAPro"))
 
 ARMS: tuple[Arm, ...] = (
@@ -229,7 +230,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("lora-rite", "LoRA-RITE, r = 1", 1, _RITE, _methods(_default("LoRARITE")), "uniform-r1"),
     Arm("ggpo", "GGPO, r = 1", 1, _ONE, _methods(_default("GGPO")), "uniform-r1"),
     Arm("mgpo", "MGPO, r = 1", 1, _ONE, _methods(_default("MGPO")), "uniform-r1"),
-    Arm("gora-lora-rite", "GoRA + LoRA-RITE, mean r = 1", 1, _RITE, _methods(_gora, _default("LoRARITE")), "uniform-r1"),
+    Arm("gora-lora-rite", "GoRA + LoRA-RITE, mean r = 1", 1, _RITE, _GORA_RITE, "uniform-r1"),
     Arm("lora-ga-lora-pro", "LoRA-GA + LoRA-Pro, r = 1", 1, _LOW, _GA_PRO, "uniform-r1"),
     Arm("gora-ggpo", "GoRA + GGPO, mean r = 1", 1, _ONE, _methods(_gora, _default("GGPO")), "uniform-r1"),
     Arm("rora-mgpo", "RoRA + MGPO, r = 1", 1, _ONE, _methods(_default("RoRA"), _default("MGPO")), "uniform-r1"),

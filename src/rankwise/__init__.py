@@ -13,26 +13,40 @@ if TYPE_CHECKING:
     from rankwise.errors import TrainingInterrupted as TrainingInterrupted
     from rankwise.export.audit import check_folder as check_folder
     from rankwise.export.write import export_adapter as export_adapter
+    from rankwise.methods.ggpo import GGPO as GGPO
+    from rankwise.methods.ggpo import MGPO as MGPO
     from rankwise.methods.gora import GoRA as GoRA
     from rankwise.methods.lora import LoRA as LoRA
+    from rankwise.methods.lora_ga import LoRAGA as LoRAGA
+    from rankwise.methods.lora_pro import LoRAPro as LoRAPro
+    from rankwise.methods.lora_pro import LoRAProOptimizer as LoRAProOptimizer
+    from rankwise.methods.lora_rite import LoRARITE as LoRARITE
+    from rankwise.methods.lora_rite import LoRARITEOptimizer as LoRARITEOptimizer
     from rankwise.methods.recipe import Recipe as Recipe
     from rankwise.methods.rora import RoRA as RoRA
     from rankwise.ranks.plan import LayerPlan as LayerPlan
     from rankwise.ranks.plan import RankPlan as RankPlan
     from rankwise.ranks.shapes import ScalingRule as ScalingRule
-    from rankwise.training.attach import Calibration as Calibration
     from rankwise.training.attach import attach as attach
     from rankwise.training.attach import plan as plan
+    from rankwise.training.calibrating import Calibration as Calibration
     from rankwise.training.session import Session as Session
     from rankwise.training.signals import StopRequest as StopRequest
     from rankwise.training.state import last_complete_checkpoint as last_complete_checkpoint
     from rankwise.training.state import resume as resume
 
 _HOMES = {
-    "Calibration": "training.attach",
+    "Calibration": "training.calibrating",
+    "GGPO": "methods.ggpo",
     "GoRA": "methods.gora",
     "LayerPlan": "ranks.plan",
     "LoRA": "methods.lora",
+    "LoRAGA": "methods.lora_ga",
+    "LoRAPro": "methods.lora_pro",
+    "LoRAProOptimizer": "methods.lora_pro",
+    "LoRARITE": "methods.lora_rite",
+    "LoRARITEOptimizer": "methods.lora_rite",
+    "MGPO": "methods.ggpo",
     "RankPlan": "ranks.plan",
     "RankwiseError": "errors",
     "Recipe": "methods.recipe",

@@ -65,6 +65,29 @@ def union_mean(weight: Tensor, gradient: Tensor) -> Tensor:
 
 GRADIENT = StatisticsRequest(gradient=True)
 SCORE = StatisticsRequest(score=union_mean, score_is_row_mean=True)
+
+
+def range_from_left(statistics: GradientStatistics) -> StatisticsRequest:
+    """Projects on the range that `right` found: the second half of a power iteration."""
+
+    def rows(shape: LayerShape) -> Tensor:
+        products = statistics.layers[shape.name].projection
+        return left(shape) if products is None else torch.linalg.qr(products).Q.mT
+
+    return StatisticsRequest(left_projection=rows)
+
+
+def range_from_right(statistics: GradientStatistics) -> StatisticsRequest:
+    """Projects on the range of the rows found before."""
+
+    def rows(shape: LayerShape) -> Tensor:
+        products = statistics.layers[shape.name].left_projection
+        return right(shape) if products is None else torch.linalg.qr(products.mT).Q.mT
+
+    return StatisticsRequest(projection=rows)
+
+
+FOLLOWED = StatisticsRequest(projection=right, follow_ups=(range_from_left, range_from_right))
 EVERYTHING = StatisticsRequest(projection=right, left_projection=left, score=union_mean, score_is_row_mean=True)
 
 

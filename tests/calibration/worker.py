@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankwise.calibration.collect import collect
 from rankwise.calibration.processes import assert_equal_everywhere, broadcast_object, decided_by_first
 from rankwise.errors import ArtifactError
-from tests.calibration.support import EVERYTHING, GRADIENT, targets
+from tests.calibration.support import EVERYTHING, FOLLOWED, GRADIENT, targets
 
 BATCHES = [torch.randn(1 + seed, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
 MANY = [torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "low": {"request": GRADIENT, "memory": "low", "token_weighted": False},
     "stop": {"request": replace(EVERYTHING, stop=_Stop()), "memory": "exact"},
     "bad": {"request": GRADIENT, "batches": MANY, "loss": _poisoned},
+    "followed": {"request": FOLLOWED},
     "dropout": {"request": GRADIENT, "train_mode": True, "collector": "param"},
 }
 

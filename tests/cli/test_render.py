@@ -19,7 +19,16 @@ BERT = sample.uneven_plan(sample.bert_shapes())
 LLAMA = sample.uneven_plan(sample.llama_shapes(), model="Llama-3.1-8B")
 METHODS = [
     {"id": "gora", "title": "GoRA", "source": "arXiv", "slots": ["allocate", "initialize"], "state": "works"},
-    {"id": "lora-ga", "title": "LoRA-GA", "source": "arXiv", "state": "coming"},
+    {
+        "id": "lora-rite",
+        "title": "LoRA-RITE",
+        "source": "arXiv",
+        "slots": ["optimize"],
+        "state": "works",
+        "learning_rate": {"low": 5e-5, "default": 2e-4, "high": 5e-4},
+        "optimizer": "lora-rite",
+    },
+    {"id": "sora", "title": "SoRA", "source": "arXiv", "state": "coming"},
 ]
 METHOD = METHODS[0] | {
     "learning_rate": {"low": 2e-5, "default": 1e-4, "high": 5e-4},
@@ -39,7 +48,24 @@ DEMO = {
         {"name": "head only", "accuracy": 0.61, "parameters": None, "seconds": 20.0},
     ],
 }
+COST = {
+    "trained_parameters": 2_000,
+    "model_bytes": 10**9,
+    "gradient_bytes": 8_000,
+    "optimizer_bytes": 16_000,
+    "activation_bytes": 5 * 10**8,
+    "steps": 100,
+    "micro_batches": 2,
+    "micro_batch_seconds": 0.6,
+    "optimizer_seconds": 0.1,
+    "plain_micro_batch_seconds": 0.4,
+    "plain_optimizer_seconds": 0.02,
+    "memory_bytes": 1_500_024_000,
+    "seconds": 130.0,
+    "overhead": 1.585,
+}
 VIEWS = {
+    "cost": render.cost_view(COST),
     "plan": render.plan_view(BERT),
     "large plan": render.plan_view(LLAMA),
     "summary": render.plan_summary(BERT),
@@ -236,6 +262,22 @@ def test_the_demo_compares_under_one_budget() -> None:
     assert re.search(r"accuracy +73\.45%", text)
     assert re.search(r"GoRA, r 8 +73\.45% +331,000 +1 min 32 s", text)
     assert re.search(r"head only +61\.00% +– +20 s", text)
+
+
+def test_the_list_of_methods_shows_their_rates_and_the_optimizer_that_they_are_for() -> None:
+    listed = " ".join(printed(render.methods_view([METHOD, METHODS[1], METHODS[2]]), 200).split())
+    assert "2e-5, 1e-4, 5e-4 (AdamW)" in listed
+    assert "5e-5, 2e-4, 5e-4 (lora-rite)" in listed
+    assert "sora coming SoRA" in listed
+
+
+def test_the_cost_says_how_a_step_compares_with_plain_lora_where_it_differs() -> None:
+    told = " ".join(printed(render.cost_view(COST), 200).split())
+    assert (
+        "Against plain LoRA 1.58 x a step under AdamW (micro-batch 0.6 s against 0.4 s, optimizer 0.1 s against 0.02 s)"
+        in told
+    )
+    assert "Against" not in printed(render.cost_view({**COST, "overhead": 1.0}), 200)
 
 
 def test_a_method_without_settings_says_so() -> None:

@@ -1,12 +1,16 @@
 """What every method of the registry keeps, one table for all; a new method joins by entering METHODS."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.errors import RecipeError
 from rankwise.methods.base import Method, Slot
+from rankwise.methods.ggpo import GGPO, MGPO
 from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
 from rankwise.methods.recipe import METHODS, Recipe, method_from_id
@@ -19,8 +23,20 @@ BATCHES = [causal_batch(seed) for seed in range(2)]
 NEUTRAL: dict[str, Method] = {
     "lora": LoRA(),
     "gora": GoRA(gamma=0.0, r_min=4, r_max=4, rank_stabilized=False),
+    "ggpo": GGPO(sigma=0.0),
+    "mgpo": MGPO(rho=0.0),
 }
 """Settings under which a method is exactly plain LoRA; RoRA is so at rank 1 only."""
+
+NEVER_NEUTRAL = {
+    "lora-ga": "lora_A and lora_B are singular vectors of the gradient at every setting, so that lora_B is never zero: "
+    "step 0 computes plain LoRA's function, and the first step already moves both factors",
+    "lora-pro": "the moments are those of adjusted gradients at every setting: (1/s^2) S_B^-1 gA is gA only where "
+    "lora_B^T lora_B is the identity over s^2, and lora_B starts at zero",
+    "lora-rite": "both factors move along their preconditioned gradients in a basis of their own at every setting: no "
+    "value of a decay, eps or limit turns the rank x rank root of the second moment into AdamW's element-wise one",
+}
+"""Methods that are plain LoRA under no setting, and why."""
 
 every_method = pytest.mark.parametrize("method_id", sorted(METHODS))
 
@@ -29,17 +45,24 @@ def attached(methods: object, *, r: int = 4, seed: int = 0) -> Session:
     return attach(tiny_llama(), methods, r=r, calibration=BATCHES, seed=seed)  # type: ignore[arg-type]
 
 
-def trajectory(session: Session) -> list[torch.Tensor]:
-    parameters = [p for layer in session.layers.values() for p in (layer.lora_A, layer.lora_B)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+def trajectory(session: Session, steps: int = 2) -> list[torch.Tensor]:
+    """Losses and factors of a few steps, made as any loop makes them."""
+    optimizer, _ = session.optimizers(SimpleNamespace(learning_rate=1e-2, lr_scheduler_type="constant"), steps)
+    session.model.train()
+    session.begin(optimizer, steps)
     losses = []
-    for batch in BATCHES:
-        loss = session.model(**batch).loss
-        optimizer.zero_grad()
+    for step in range(1, steps + 1):
+        session.before_step(step)
+        loss = session.model(**BATCHES[step % len(BATCHES)]).loss
         loss.backward()
+        session.before_optimizer_step(step)
         optimizer.step()
+        optimizer.zero_grad()
+        session.after_step(step)
         losses.append(loss.detach())
-    return [*losses, *(parameter.detach() for parameter in parameters)]
+    session.end(steps)
+    session.close()
+    return [*losses, *(p.detach() for layer in session.layers.values() for p in (layer.lora_A, layer.lora_B))]
 
 
 @every_method
@@ -62,6 +85,17 @@ def test_recommended_learning_rates_rise(method_id: str) -> None:
     assert 0 < low < default < high < 1
 
 
+def test_the_documentation_names_the_same_learning_rates() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to-choose.md").read_text()
+    told = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0].startswith("`") and cells[1] in ("AdamW", "its own"):
+            for name in cells[0].replace("`", "").split(", "):
+                told[name] = (cells[1] == "AdamW", *map(float, cells[2:]))
+    assert told == {name: (Slot.OPTIMIZE not in kind.slots, *kind.learning_rates) for name, kind in METHODS.items()}
+
+
 @every_method
 def test_every_preset_can_be_built(method_id: str) -> None:
     for preset in METHODS[method_id].presets:
@@ -77,6 +111,8 @@ def test_a_slot_is_declared_if_and_only_if_it_is_filled(method_id: str) -> None:
             (Slot.ALLOCATE, "allocate"),
             (Slot.INITIALIZE, "initialize"),
             (Slot.SCALE, "scaling_rule"),
+            (Slot.OPTIMIZE, "make_optimizer"),
+            (Slot.SCHEDULE, "make_schedule"),
         )
         if getattr(kind, function) is not getattr(Method, function)
     }
@@ -84,11 +120,13 @@ def test_a_slot_is_declared_if_and_only_if_it_is_filled(method_id: str) -> None:
         assert filled == {Slot.ALLOCATE, Slot.INITIALIZE, Slot.SCALE}
         assert not kind.slots
     else:
-        assert filled == kind.slots & {Slot.ALLOCATE, Slot.INITIALIZE, Slot.SCALE}
+        assert filled == kind.slots
         for slot, call in (
             (Slot.ALLOCATE, lambda: kind().allocate([], None, None)),  # type: ignore[arg-type]
             (Slot.INITIALIZE, lambda: kind().initialize(None)),  # type: ignore[arg-type]
             (Slot.SCALE, lambda: kind().scaling_rule()),
+            (Slot.OPTIMIZE, lambda: kind().make_optimizer([], lr=1.0)),
+            (Slot.SCHEDULE, lambda: kind().make_schedule(None)),  # type: ignore[arg-type]
         ):
             if slot not in kind.slots:
                 with pytest.raises(NotImplementedError, match=f"{method_id} does not fill the {slot} slot"):
@@ -134,7 +172,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_stream_is_left_alone(m
 
 @pytest.mark.parametrize("method_id", sorted(NEUTRAL))
 def test_the_neutral_setting_trains_exactly_as_plain_lora(method_id: str) -> None:
-    reference, neutral = trajectory(attached("lora")), trajectory(attached(NEUTRAL[method_id]))
+    reference, neutral = trajectory(attached("lora"), 20), trajectory(attached(NEUTRAL[method_id]), 20)
     for plain, found in zip(reference, neutral, strict=True):
         assert torch.equal(plain, found)
 
@@ -145,5 +183,29 @@ def test_rora_at_rank_one_trains_exactly_as_plain_lora() -> None:
         assert torch.equal(plain, found)
 
 
-def test_every_method_is_covered_by_a_neutral_setting() -> None:
-    assert set(METHODS) == set(NEUTRAL) | {"rora"}
+@pytest.mark.parametrize("method_id", sorted(NEVER_NEUTRAL))
+def test_a_method_without_a_neutral_setting_starts_as_the_base_model_and_moves_otherwise(method_id: str) -> None:
+    base = tiny_llama()(**BATCHES[0]).logits
+    session = attached(method_id)
+    assert torch.allclose(session.model(**BATCHES[0]).logits, base, atol=1e-5)
+    plain, found = trajectory(attached("lora")), trajectory(session)
+    assert torch.allclose(plain[0], found[0], atol=1e-6)
+    assert not torch.equal(plain[-1], found[-1])
+
+
+@every_method
+def test_a_few_steps_train_leave_the_base_alone_and_close_leaves_no_hook(method_id: str) -> None:
+    session = attached(method_id)
+    before = weights_fingerprint(session.model)
+    hooked = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in session.model.modules()]
+    trajectory(session, 3)
+    assert session.health.status == "passed"
+    assert weights_fingerprint(session.model) == before
+    after = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in session.model.modules()]
+    assert sum(after) == 0 <= sum(hooked)
+    assert not any("forward" in vars(module) for module in session.model.modules())
+
+
+def test_every_method_has_a_neutral_setting_or_a_reason_why_not() -> None:
+    assert set(METHODS) == set(NEUTRAL) | {"rora"} | set(NEVER_NEUTRAL)
+    assert all(NEVER_NEUTRAL.values())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.training.jobs import Job, Rows, factors, new_session, trainer_arguments
+from tests.training.jobs import Job, Rows, factors, new_session, rate_of, trainer_arguments
 
 STEPS = 6
 POISONED_STEP = 3
@@ -25,19 +25,35 @@ def leave_world() -> None:
         torch.distributed.destroy_process_group()
 
 
-def accelerate_loop(rank: int, world: int, port: int, folder: str) -> None:
-    """GoRA from shared calibration, then a bare loop in which the last process meets a NaN once."""
+def accelerate_loop(rank: int, world: int, port: int, folder: str, *recipes: str) -> None:
+    """Each recipe from shared calibration, then a bare loop in which the last process meets a NaN once."""
     from accelerate import Accelerator
     from transformers import TrainingArguments
 
     join_world(rank, world, port)
-    job = Job(folder=folder, method="gora", dropout=0.0, steps=STEPS)
-    args = TrainingArguments(**{**trainer_arguments(job), "output_dir": folder})
-    accelerator = Accelerator(cpu=True)  # after the arguments: making those resets accelerate's state
-    session = new_session(job)
-    start = factors(session)
+    kept: dict[str, torch.Tensor] = {}
+    hashes = []
+    for recipe in recipes:
+        job = Job(folder=folder, method=recipe, dropout=0.0, steps=STEPS)
+        args = TrainingArguments(**{**trainer_arguments(job), "output_dir": folder})
+        accelerator = Accelerator(cpu=True)  # after the arguments: making those resets accelerate's state
+        session = new_session(job)
+        kept |= {f"{recipe}: start.{name}": value for name, value in factors(session).items()}
+        _poisoned_loop(session, accelerator, args, rank, world)
+        kept |= {f"{recipe}: {name}": value for name, value in factors(session).items()}
+        for name, layer in session.layers.items():
+            kept[f"{recipe}: update.{name}"] = (layer.scaling * layer.lora_B @ layer.lora_A).detach()
+        hashes.append(session.plan.hash())
+        session.close()
+    save_file(kept, Path(folder) / f"final-{rank}.safetensors")
+    (Path(folder) / f"plan-{rank}").write_text("\n".join(hashes))
+    leave_world()
+
+
+def _poisoned_loop(session: Any, accelerator: Any, args: Any, rank: int, world: int) -> None:
     optimizer, scheduler = session.optimizers(args, STEPS)
     model, optimizer = accelerator.prepare(session.model, optimizer)
+    model.train()
     session.begin(optimizer, STEPS)
     poisoned = next(iter(session.layers.values()))
     tokens = Rows(rows=4 * STEPS).tokens.reshape(STEPS, 4, -1)
@@ -49,7 +65,7 @@ def accelerate_loop(rank: int, world: int, port: int, folder: str) -> None:
             handle.remove()
         accelerator.backward(model(input_ids=mine, labels=mine).loss)
         handle.remove()
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
         session.before_optimizer_step(step)
         optimizer.step()
         scheduler.step()
@@ -57,8 +73,6 @@ def accelerate_loop(rank: int, world: int, port: int, folder: str) -> None:
         session.after_step(step)
     session.end(STEPS)
     assert session.health.gradients.skipped()[poisoned.name] == 1
-    _keep(session, folder, rank, {f"start.{name}": value for name, value in start.items()})
-    leave_world()
 
 
 def trainer(rank: int, world: int, port: int, folder: str) -> None:
@@ -98,21 +112,32 @@ def _keep(session: Any, folder: str, rank: int, more: dict[str, torch.Tensor]) -
     (Path(folder) / f"plan-{rank}").write_text(session.plan.hash())
 
 
-def fsdp2_loop(rank: int, world: int, port: int, folder: str) -> None:
+def fsdp2_loop(rank: int, world: int, port: int, folder: str, *recipes: str) -> None:
     """A loop over parameters that FSDP2 shards; the last process's loss is NaN once, so that every pair sits out."""
+    join_world(rank, world, port)
+    torch.distributed.init_process_group("gloo")
+    kept: dict[str, torch.Tensor] = {}
+    for recipe in recipes:
+        kept |= {f"{recipe}: {name}": value for name, value in _sharded_loop(recipe, folder, rank, world).items()}
+    save_file(kept, Path(folder) / f"final-{rank}.safetensors")
+    leave_world()
+
+
+def _sharded_loop(recipe: str, folder: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     from types import SimpleNamespace
 
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    join_world(rank, world, port)
-    torch.distributed.init_process_group("gloo")
     mesh = torch.distributed.init_device_mesh("cpu", (world,))
-    session = new_session(Job(folder=folder, dropout=0.0))
+    job = Job(folder=folder, method=recipe, dropout=0.0)
+    session = new_session(job)
     for block in session.model.base_model.model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(session.model, mesh=mesh)
-    optimizer, scheduler = session.optimizers(SimpleNamespace(learning_rate=5e-3, lr_scheduler_type="constant"), STEPS)
+    session.model.train()
+    args = SimpleNamespace(learning_rate=rate_of(job), lr_scheduler_type="constant")
+    optimizer, scheduler = session.optimizers(args, STEPS)
     session.begin(optimizer, STEPS)
     tokens = Rows(rows=4 * STEPS).tokens.reshape(STEPS, 4, -1)
     for step in range(1, STEPS + 1):
@@ -120,6 +145,7 @@ def fsdp2_loop(rank: int, world: int, port: int, folder: str) -> None:
         session.before_step(step)
         loss = session.model(input_ids=mine, labels=mine).loss
         (loss * float("nan") if step == POISONED_STEP and rank == world - 1 else loss).backward()
+        session.before_optimizer_step(step)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -132,8 +158,9 @@ def fsdp2_loop(rank: int, world: int, port: int, folder: str) -> None:
         for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             kept[f"{name}.{side}"] = whole.detach().contiguous()
-    save_file(kept, Path(folder) / f"final-{rank}.safetensors")
-    leave_world()
+        kept[f"update.{name}"] = layer.scaling * kept[f"{name}.B"] @ kept[f"{name}.A"]
+    session.close()
+    return kept
 
 
 def export(rank: int, world: int, port: int, folder: str) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 
 from rankwise.errors import ConfigError, RecipeError
-from rankwise.methods.base import Method, Slot
+from rankwise.methods.base import Budget, Method, Slot
 from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
 from rankwise.methods.recipe import METHODS, REFUSALS, RESERVED, Recipe, Situation, method_class, method_from_id
@@ -22,6 +22,22 @@ class Mover(Method):
     source: ClassVar[str] = "none"
     slots: ClassVar[frozenset[Slot]] = frozenset({Slot.OPTIMIZE})
     learning_rates: ClassVar[tuple[float, float, float]] = (1e-5, 1e-4, 1e-3)
+
+
+def coming(method_id: str, *slots: Slot, **settings: object) -> Method:
+    """A stand-in for a method that this version only knows by name, with its slots and a setting or two."""
+    values = {"id": method_id, "title": method_id, "source": "none", "slots": frozenset(slots), **settings}
+    kind = type(method_id, (Method,), {**values, "learning_rates": (1e-5, 1e-4, 1e-3)})
+    made: Method = dataclass(frozen=True, kw_only=True)(kind)()
+    return made
+
+
+SORA, BEAMLORA, AB_LORA, XGBLORA = (
+    coming(method_id, Slot.SCHEDULE) for method_id in ("sora", "beamlora", "ab-lora", "xgblora")
+)
+PRO, RITE = coming("lora-pro", Slot.OPTIMIZE), method_from_id("lora-rite")
+LORA_GA, GA_BASE = method_from_id("lora-ga"), method_from_id("lora-ga", {"offset": "base"})
+GGPO, MGPO = coming("ggpo", Slot.SCHEDULE), coming("mgpo", Slot.SCHEDULE)
 
 
 def test_slots_that_nobody_fills_are_plain_lora() -> None:
@@ -49,6 +65,10 @@ def test_one_method_an_id_a_list_or_a_recipe_are_the_same(given: object) -> None
 def test_two_methods_on_one_slot_are_refused_by_name() -> None:
     with pytest.raises(RecipeError, match="gora and rora both fill the scale slot; keep one of them"):
         Recipe.of(["gora", "rora"])
+    with pytest.raises(RecipeError, match="lora-pro and lora-rite both fill the optimize slot; keep one of them"):
+        Recipe.of([PRO, RITE])
+    with pytest.raises(RecipeError, match="ggpo and mgpo both fill the schedule slot"):
+        Recipe.of([GGPO, MGPO])
 
 
 def test_lora_beside_another_method_is_refused() -> None:
@@ -101,8 +121,167 @@ def test_unknown_presets_are_told() -> None:
         method_from_id("lora", preset="paper")
 
 
-def test_only_gora_needs_gradients() -> None:
-    assert {name: Recipe.of(name).needs_gradients for name in METHODS} == {"lora": False, "gora": True, "rora": False}
+def test_gora_and_lora_ga_need_gradients() -> None:
+    assert {name for name in METHODS if Recipe.of(name).needs_gradients} == {"gora", "lora-ga"}
+
+
+PRUNES = r"both decide the ranks, one before training and one in it; keep one of them"
+STARTS = r"every round draws a fresh booster, so that a start computed from gradients would last one round"
+
+
+@pytest.mark.parametrize(
+    ("methods", "reason"),
+    [
+        ([SORA, PRO], "lora-pro and sora do not go together: the optimizer's algebra takes the update for scaling"),
+        ([RITE, SORA], "lora-rite and sora do not go together: .*a gate stands between the two; keep one of them"),
+        ([PRO, BEAMLORA], "lora-pro and beamlora do not go together: .*a gate stands between"),
+        ([RITE, BEAMLORA], "lora-rite and beamlora do not go together: .*a gate stands between"),
+        ([PRO, XGBLORA], "lora-pro and xgblora do not go together: each round throws the optimizer's state away"),
+        ([XGBLORA, RITE], "lora-rite and xgblora do not go together: each round throws the optimizer's state away"),
+        ([PRO, AB_LORA], "lora-pro and ab-lora do not go together: a rank that is switched on again empties"),
+        ([RITE, AB_LORA], "lora-rite and ab-lora do not go together: a rank that is switched on again empties"),
+        ([GoRA(), XGBLORA], f"gora and xgblora do not go together: {STARTS}"),
+        ([LORA_GA, XGBLORA], f"lora-ga and xgblora do not go together: {STARTS}"),
+        ([LORA_GA, AB_LORA], "lora-ga and ab-lora do not go together: ranks are switched on from a Kaiming start"),
+        ([LORA_GA, SORA], r"lora-ga's start is subtracted again \(lora-ga.offset: adapter\), and sora prunes ranks"),
+        ([GA_BASE, BEAMLORA], r"\(lora-ga.offset: base\), and beamlora prunes ranks, which breaks the cancellation"),
+        ([GoRA(), AB_LORA], f"gora and ab-lora do not go together: {PRUNES}"),
+        ([GoRA(), BEAMLORA], f"gora and beamlora do not go together: {PRUNES}"),
+        ([GoRA(), SORA], "gora's can only be the caps that sora prunes from: set sora.plan_as_caps: true"),
+        ([RoRA(), BEAMLORA], r"beamlora runs with the scaling alpha / rank, and rora changes it; keep one of them"),
+    ],
+    ids=lambda value: "+".join(method.id for method in value) if isinstance(value, list) else "",
+)
+def test_methods_that_do_not_go_together_are_refused_with_the_reason(methods: list[Method], reason: str) -> None:
+    for order in (methods, methods[::-1]):
+        with pytest.raises(RecipeError, match=reason):
+            Recipe.of(order)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [GoRA(), RITE],
+        [LORA_GA, PRO],
+        [GoRA(), GGPO],
+        [RoRA(), MGPO],
+        [RoRA(), LORA_GA, RITE],
+        [RoRA(), SORA],
+        [RoRA(), XGBLORA],
+        [RoRA(), AB_LORA],
+        [LORA_GA, GGPO],
+        [GoRA(), coming("sora", Slot.SCHEDULE, plan_as_caps=True)],
+        [method_from_id("lora-ga", {"offset": "none"}), SORA],
+    ],
+    ids=lambda methods: "+".join(method.id for method in methods),
+)
+def test_methods_that_go_together_pass(methods: list[Method]) -> None:
+    assert Recipe.of(methods).methods == tuple(methods)
+
+
+@pytest.mark.parametrize(
+    ("methods", "situation", "reason"),
+    [
+        ([RITE], Situation(fsdp=True), r"lora-rite cannot train under FSDP, which takes the pairs .* apart"),
+        (
+            [GoRA(), PRO],
+            Situation(fsdp=True),
+            r"gora \+ lora-pro cannot train under FSDP, .*\(DDP\), shard it by fully_shard",
+        ),
+        ([RITE], Situation(deepspeed=0), "lora-rite cannot train under DeepSpeed ZeRO-0"),
+        ([PRO], Situation(deepspeed=2), "lora-pro cannot train under DeepSpeed ZeRO-2, which takes the pairs"),
+        ([GGPO], Situation(deepspeed=2), "ggpo cannot train under DeepSpeed ZeRO-2, which owns the gradients"),
+        ([MGPO], Situation(deepspeed=3), "mgpo cannot train under DeepSpeed ZeRO-3, which owns the gradients"),
+        ([SORA], Situation(deepspeed=1), "sora cannot train under DeepSpeed ZeRO-1"),
+        ([AB_LORA], Situation(deepspeed=1), "ab-lora cannot train under DeepSpeed ZeRO-1"),
+        ([BEAMLORA], Situation(deepspeed=1), "beamlora cannot train under DeepSpeed ZeRO-1"),
+        ([XGBLORA], Situation(deepspeed=1), "xgblora cannot train under DeepSpeed ZeRO-1"),
+        ([AB_LORA], Situation(fsdp=True), "ab-lora cannot train under FSDP"),
+        ([BEAMLORA], Situation(fsdp=True), r"beamlora cannot train under FSDP, .*\(DDP\), or use lora"),
+        ([GA_BASE], Situation(quantized=True), "lora-ga.offset: base writes the base weights, which are packed"),
+        ([GA_BASE], Situation(fsdp=True), "which FSDP shards; use offset: adapter"),
+        ([GA_BASE], Situation(deepspeed=3), "which ZeRO-3 shards; use offset: adapter"),
+        ([RITE], Situation(learning_rate_ratio=16), "loraplus_lr_ratio: 16: lora-rite moves lora_A and lora_B by one"),
+        ([LORA_GA], Situation(offloaded=True), "lora-ga needs gradients, and parts of the model are offloaded"),
+        ([LORA_GA], Situation(quantized=True, collector="param"), "packed weights, which lora-ga cannot use"),
+    ],
+    ids=lambda value: "+".join(method.id for method in value) if isinstance(value, list) else "",
+)
+def test_what_cannot_run_there_is_refused_with_what_would(
+    methods: list[Method], situation: Situation, reason: str
+) -> None:
+    recipe = Recipe.of(methods)
+    recipe.check(Situation())
+    with pytest.raises(RecipeError, match=reason):
+        recipe.check(situation)
+
+
+@pytest.mark.parametrize(
+    ("methods", "situation"),
+    [
+        (["lora"], Situation(fsdp=True)),
+        (["gora"], Situation(deepspeed=3)),
+        ([GGPO], Situation(deepspeed=1)),
+        ([MGPO], Situation(fsdp=True)),
+        ([SORA], Situation(fsdp=True)),
+        ([XGBLORA], Situation(fsdp=True)),
+        ([LORA_GA], Situation(quantized=True, fsdp=True)),
+        ([GA_BASE], Situation(deepspeed=2)),
+        ([PRO], Situation(learning_rate_ratio=16)),
+    ],
+)
+def test_what_can_run_there_passes(methods: list[Method | str], situation: Situation) -> None:
+    Recipe.of(methods).check(situation)
+
+
+def remarks(*methods: Method) -> list[str]:
+    budget = Budget(r=1, lora_alpha=16, parameters=10)
+    own = {note for method in methods for note in method.notes({"q": 1}, budget)}
+    return [note for note in Recipe.of(methods).notes({"q": 1}, budget) if note not in own]
+
+
+@pytest.mark.parametrize(
+    ("methods", "remark"),
+    [
+        (
+            [GGPO, PRO],
+            "the perturbation was published with AdamW; nobody has measured it over lora-pro's steps",
+        ),
+        ([RITE, MGPO], "lora-rite + mgpo: the perturbation was published with AdamW"),
+        (
+            [RoRA(), PRO],
+            "alpha/sqrt(rank) changes the effective learning rate of lora-pro's efficient mode",
+        ),
+        ([PRO, GoRA()], r"the scaling alpha/sqrt(rank) changes the effective learning rate"),
+        ([RoRA(), coming("xgblora", Slot.SCHEDULE, booster_rank=1)], "boosters of rank 1 have the same scaling"),
+    ],
+    ids=lambda value: "+".join(method.id for method in value) if isinstance(value, list) else "",
+)
+def test_combinations_that_deserve_a_word_get_one(methods: list[Method], remark: str) -> None:
+    (found,) = remarks(*methods)
+    assert remark in found
+
+
+def test_other_combinations_get_no_word() -> None:
+    for methods in ([GoRA(), RITE], [LORA_GA, PRO], [RoRA(), RITE], [GoRA(), GGPO], [RoRA(), XGBLORA]):
+        assert remarks(*methods) == []
+
+
+def test_the_learning_rate_is_that_of_whoever_moves_the_factors_else_of_whoever_starts_them() -> None:
+    assert Recipe.of([GoRA(), RITE]).learning_rates == RITE.learning_rates
+    assert Recipe.of([LORA_GA, RoRA()]).learning_rates == Recipe.of([RoRA(), LORA_GA]).learning_rates
+    assert Recipe.of([RoRA(), LORA_GA]).learning_rates == LORA_GA.learning_rates
+    assert Recipe.of([RoRA(), MGPO]).learning_rates == RoRA.learning_rates
+
+
+def test_lists_of_settings_become_tuples() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Decaying(Mover):
+        betas: tuple[float, float] = (0.9, 0.999)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankwise.methods.registry.METHODS", {**METHODS, "mover": Decaying})
+        assert method_from_id("mover", {"betas": [0.8, 0.9]}) == Decaying(betas=(0.8, 0.9))
 
 
 @pytest.mark.parametrize("method_id", sorted(METHODS))
@@ -152,7 +331,7 @@ def test_gradients_that_cannot_be_read_are_refused_for_methods_that_need_them(
 ) -> None:
     with pytest.raises(RecipeError, match=f"gora.*{reason}|{reason}.*gora"):
         Recipe.of("gora").check(situation)
-    for other in ("lora", "rora"):
+    for other in ("lora", "rora", "lora-rite"):
         Recipe.of(other).check(situation)
 
 
@@ -166,4 +345,4 @@ def test_all_refusals_are_told_at_once() -> None:
 def test_a_plain_situation_refuses_nothing() -> None:
     for method_id in METHODS:
         Recipe.of(method_id).check(Situation())
-    assert len(REFUSALS) >= 7
+    assert len(REFUSALS) >= 18

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rankwise.methods.gora import GoRA
-from rankwise.methods.rora import RoRA
+from rankwise.methods.base import Method
+from rankwise.methods.recipe import Recipe, method_from_id
 from rankwise.training.attach import attach
 from rankwise.training.session import Session
 from rankwise.training.state import last_complete_checkpoint, resume
@@ -49,17 +49,48 @@ class Job:
     save_steps: int = 2
     keep: int | None = 1
     dropout: float = 0.1
-    learning_rate: float = 5e-3
+    learning_rate: float | None = None
+    """By default 5e-3, or what suits the recipe."""
     scheduler: str = "cosine"
     stop_after: int | None = None
     """End the process's part of the run after so many steps (the schedule still spans them all)."""
 
 
+RECIPES: Mapping[str, tuple[str | Method, ...]] = {
+    "rora": ("rora",),
+    "gora": ("gora",),
+    "lora-ga": ("lora-ga",),
+    "lora-ga base": (method_from_id("lora-ga", {"offset": "base"}),),
+    "lora-pro": ("lora-pro",),
+    "lora-pro full": (method_from_id("lora-pro", {"mode": "full"}),),
+    "lora-rite": ("lora-rite",),
+    "ggpo": ("ggpo",),
+    "mgpo": ("mgpo",),
+    "gora lora-rite": ("gora", "lora-rite"),
+    "lora-ga lora-pro": ("lora-ga", "lora-pro"),
+    "gora ggpo": ("gora", "ggpo"),
+    "rora mgpo": ("rora", "mgpo"),
+}
+"""What a job's `method` stands for."""
+
+LEARNING_RATES = {"gora lora-rite": 1e-4, "lora-ga lora-pro": 2e-3}
+"""RITE moves the product by rate times scaling, which is 8 here: at a high rate round-off decides where it goes."""
+
+
+def rate_of(job: Job) -> float:
+    return job.learning_rate or LEARNING_RATES.get(job.method, 5e-3)
+
+
+def recipe_of(job: Job) -> Recipe:
+    return Recipe.of(RECIPES[job.method])
+
+
 def new_session(job: Job) -> Session:
-    if job.method == "gora":
+    recipe = recipe_of(job)
+    if recipe.needs_gradients:
         batches = [causal_batch(seed) for seed in range(3)]
-        return attach(tiny_llama(), GoRA(), r=4, lora_dropout=job.dropout, calibration=batches)
-    return attach(tiny_llama(), RoRA(), r=4, lora_dropout=job.dropout, target_modules=["q_proj", "v_proj", "up_proj"])
+        return attach(tiny_llama(), recipe, r=4, lora_dropout=job.dropout, calibration=batches)
+    return attach(tiny_llama(), recipe, r=4, lora_dropout=job.dropout, target_modules=["q_proj", "v_proj", "up_proj"])
 
 
 def factors(session: Session) -> dict[str, Tensor]:
@@ -87,13 +118,14 @@ def final(folder: Path) -> dict[str, Tensor]:
 def trainer_arguments(job: Job) -> dict[str, Any]:
     return {
         "output_dir": job.folder,
-        "learning_rate": job.learning_rate,
+        "learning_rate": rate_of(job),
         "weight_decay": 0.01,
         "max_steps": job.steps,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": job.scheduler,
         "warmup_steps": 2,
+        "max_grad_norm": 0.0 if recipe_of(job).unclipped else 1.0,
         "logging_steps": 3,
         "save_steps": job.save_steps,
         "save_total_limit": job.keep,
@@ -175,7 +207,8 @@ def _accelerate(job: Job, session: Session, checkpoint: Path | None) -> None:
                 accelerator.backward(loss)
                 if not accelerator.sync_gradients:
                     continue
-                norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                limit = args.max_grad_norm or float("inf")
+                norm = accelerator.clip_grad_norm_(model.parameters(), limit)
                 session.before_optimizer_step(step + 1)
                 optimizer.step()
                 scheduler.step()

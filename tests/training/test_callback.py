@@ -48,6 +48,9 @@ class Recorder:
     def end(self, step: int) -> None:
         self.calls.append(("end", step))
 
+    def figures(self) -> dict[str, float]:
+        return {"recorder_calls": float(len(self.calls))}
+
     def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class Recorder:
 
 def scheduled(recorder: Recorder) -> Session:
     made = new_session(Job(folder=""))
-    recorder.session = Session(made.model, made.plan, made.recipe, 0, settings=made.settings, schedules=[recorder])
+    recorder.session = Session(made.model, made.plan, made.recipe, 0, settings=made.settings, schedule=recorder)
     return recorder.session
 
 
@@ -99,6 +102,18 @@ def test_a_schedule_is_called_around_each_optimizer_step_whatever_the_accumulati
     assert (fired.status, fired.measured, fired.limit) == ("passed", 3, 3)
 
 
+def test_a_schedules_figures_go_along_with_each_logged_loss(tmp_path: Path):
+    recorder = Recorder()
+    session = scheduled(recorder)
+    events: list[TrainingEvent] = []
+    made = trainer_for(Job(folder=str(tmp_path), steps=2), session, callback=False, logging_steps=1)
+    made.add_callback(session.callback(on_event=events.append))
+    made.train()
+    logged = [event.values for event in events if event.kind == "log"]
+    assert [values.get("recorder_calls") for values in logged] == [4.0, 7.0, None]
+    assert all("loss" in values for values in logged[:2])
+
+
 def test_a_schedule_that_the_loop_forgot_fails_loudly():
     recorder = Recorder()
     session = scheduled(recorder)
@@ -106,7 +121,7 @@ def test_a_schedule_that_the_loop_forgot_fails_loudly():
     session.begin(optimizer, 2)
     session.model(input_ids=Rows().tokens[:2], labels=Rows().tokens[:2]).loss.backward()
     optimizer.step()
-    with pytest.raises(HealthError, match="the schedules were called around 0 of 1 optimizer steps"):
+    with pytest.raises(HealthError, match="the schedule was called around 0 of 1 optimizer steps"):
         session.end(1)
 
 
@@ -231,6 +246,34 @@ def test_another_model_than_the_sessions_is_refused(tmp_path: Path):
     made.add_callback(other.callback())
     with pytest.raises(ConfigError, match=r"pass session\.model"):
         made.train()
+
+
+def test_the_trainers_own_optimizer_in_place_of_the_recipes_is_refused(tmp_path: Path):
+    job = Job(folder=str(tmp_path), method="lora-rite", steps=2)
+    session = new_session(job)
+    args = TrainingArguments(**trainer_arguments(job))
+    made = Trainer(session.model, args, train_dataset=Rows(), callbacks=[session.callback()])
+    made.remove_callback(PrinterCallback)
+    with pytest.raises(ConfigError, match=r"the recipe's optimizer is lora-rite, but the trainer runs AdamW"):
+        made.train()
+    assert session.step == 0
+
+
+def test_a_trainer_that_clips_where_the_method_must_not_be_clipped_is_told_once(tmp_path: Path):
+    job = Job(folder=str(tmp_path), method="lora-rite", steps=1, save_steps=100)
+    session = new_session(job)
+    told: list[str] = []
+    session.on_remark = told.append
+    trainer_for(job, session, max_grad_norm=0.5, warmup_steps=0).train()
+    assert len(told) == 1
+    assert "max_grad_norm is 0.5, and lora-rite clips by itself" in told[0]
+    assert told[0] in session.notes
+    session = new_session(job)
+    with pytest.warns(UserWarning, match=r"max_grad_norm is 1, and lora-rite .*: set max_grad_norm=0"):
+        trainer_for(job, session, max_grad_norm=1.0, warmup_steps=0).train()
+    session = new_session(job)
+    trainer_for(job, session, warmup_steps=0).train()  # max_grad_norm is 0: nothing to say
+    assert session.notes == ()
 
 
 def test_checkpoints_without_an_optimizer_are_refused(tmp_path: Path):

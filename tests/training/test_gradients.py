@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rankwise.methods.lora_pro import LoRAProOptimizer
+from rankwise.methods.lora_rite import LoRARITEOptimizer
 from rankwise.training.gradients import GradientFilter
 from tests.support.models import causal_batch, tiny_llama
 from tests.training.jobs import Job, new_session
@@ -39,14 +42,32 @@ def loss_of(units: dict[str, list[torch.nn.Parameter]], bad: str | None = None, 
     return total
 
 
-def trained(steps: list[str | None], *, leave_out: bool = False, value: float = float("nan")):
+def fused_adamw(units: dict[str, list[torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for unit in units.values() for p in unit], lr=0.1, weight_decay=0.1, fused=True)
+
+
+def over_pairs(make: Callable[..., torch.optim.Optimizer], **options: object) -> Callable[..., torch.optim.Optimizer]:
+    def build(units: dict[str, list[torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        group = {"kind": "lora_pair", "params": [p for unit in units.values() for p in unit]}
+        return make([{**group, "scaling": [2.0] * len(units)}], lr=0.01, weight_decay=0.1, **options)
+
+    return build
+
+
+def trained(
+    steps: list[str | None],
+    *,
+    leave_out: bool = False,
+    value: float = float("nan"),
+    build: Callable[..., torch.optim.Optimizer] = fused_adamw,
+):
     """Factors and optimizer state after the steps; in each, the named pair has a non-finite gradient.
 
     With `leave_out` the reference is computed without a filter: the bad pair simply has no gradient in that step.
     """
     units = pairs()
     parameters = [parameter for unit in units.values() for parameter in unit]
-    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1, fused=True)
+    optimizer = build(units)
     found = None
     if not leave_out:
         found = GradientFilter(units)
@@ -65,6 +86,31 @@ def trained(steps: list[str | None], *, leave_out: bool = False, value: float = 
         optimizer.zero_grad()
     state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in parameters]
     return units, state, found
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        over_pairs(LoRARITEOptimizer),
+        over_pairs(LoRARITEOptimizer, clip_unmagnified_grad=0.0, update_skipping=0.0),
+        over_pairs(LoRAProOptimizer),
+        over_pairs(LoRAProOptimizer, mode="full"),
+        over_pairs(LoRAProOptimizer, mode="sgd"),
+    ],
+    ids=["rite", "rite unclipped", "pro", "pro full", "pro sgd"],
+)
+def test_under_an_optimizer_over_pairs_the_bad_pair_sits_the_step_out_too(
+    build: Callable[..., torch.optim.Optimizer],
+):
+    steps = [None, "layer0", None, "layer2", "layer0"]
+    ours, our_state, found = trained(steps, build=build)
+    wanted, wanted_state, _ = trained(steps, leave_out=True, build=build)
+    assert [n for n in wanted if not all(map(torch.equal, ours[n], wanted[n]))] == []
+    for one, other in zip(our_state, wanted_state, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert found is not None
+    assert found.skipped() == {"layer0": 2, "layer1": 0, "layer2": 1}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

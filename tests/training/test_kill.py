@@ -14,7 +14,7 @@ from torch import Tensor
 from rankwise.training.marker import checkpoint_step, complete_checkpoints, last_complete_checkpoint
 from tests.training import sabotage
 from tests.training.children import finish, start, wait_for
-from tests.training.jobs import Job, final
+from tests.training.jobs import RECIPES, Job, final
 
 KILLED = -int(signal.SIGKILL)
 
@@ -85,11 +85,28 @@ def test_a_run_killed_from_outside_at_a_random_moment_ends_bit_equal(tmp_path: P
     assert_equal_bits(job)
 
 
+def test_a_composition_killed_before_its_marker_ends_bit_equal(tmp_path: Path):
+    job = replace(JOB, folder=str(tmp_path), method="gora lora-rite")
+    assert finish(start(job, sabotage.before_the_marker)) == KILLED
+    assert finish(start(job)) == 0
+    assert_equal_bits(job)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["trainer", "sft"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_killed_over_and_over_ends_bit_equal(tmp_path: Path, loop: str, seed: int):
     job = Job(folder=str(tmp_path), loop=loop, method="gora", steps=30, save_steps=1, keep=1)
     kill_at_random(job, random.Random(seed), times=8)
+    assert finish(start(job)) == 0
+    assert_equal_bits(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["trainer", "sft", "accelerate"])
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_recipe_killed_over_and_over_ends_bit_equal(tmp_path: Path, method: str, loop: str):
+    job = Job(folder=str(tmp_path), loop=loop, method=method, steps=20, save_steps=1, keep=2)
+    kill_at_random(job, random.Random(f"{method} {loop}"), times=5)
     assert finish(start(job)) == 0
     assert_equal_bits(job)

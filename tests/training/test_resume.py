@@ -1,6 +1,7 @@
 """N steps equal k steps, a save, a fresh process and N - k steps, bit for bit; what does not fit is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rankwise.training.marker import MARKER, last_complete_checkpoint
 from rankwise.training.state import resume
 from tests.support.models import classification_batch, tiny_bert_classifier, tiny_gpt2, tiny_llama
 from tests.training.children import finish, start
-from tests.training.jobs import Job, Rows, factors, final, new_session, run, stopper, trainer_arguments
+from tests.training.jobs import RECIPES, Job, Rows, factors, final, new_session, run, stopper, trainer_arguments
 
 
 @pytest.mark.parametrize(("loop", "method"), [("trainer", "gora"), ("sft", "rora"), ("accelerate", "rora")])
@@ -35,6 +36,20 @@ def test_a_run_split_over_two_processes_ends_bit_equal(tmp_path: Path, loop: str
     assert finish(start(split)) == 0
     ours, wanted = final(tmp_path / "split"), final(tmp_path / "whole")
     assert ours.keys() == wanted.keys()
+    assert [name for name in ours if not torch.equal(ours[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_recipe_split_in_two_ends_bit_equal(tmp_path: Path, method: str):
+    whole, split = (
+        Job(folder=str(tmp_path / name), loop="accelerate", method=method, steps=6, save_steps=2)
+        for name in ("whole", "split")
+    )
+    run(whole)
+    run(replace(split, stop_after=4))
+    shutil.rmtree(tmp_path / "split" / "checkpoint-4")
+    run(split)
+    ours, wanted = final(tmp_path / "split"), final(tmp_path / "whole")
     assert [name for name in ours if not torch.equal(ours[name], wanted[name])] == []
 
 

@@ -1,15 +1,19 @@
 """The run file: every fault at once, each with its line; numbers as people write them; a hash of what matters."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.errors import ConfigError, RecipeError
+from rankwise.methods.recipe import METHODS
+from rankwise.methods.rora import RoRA
 from rankwise.workflows.config import RunConfig, build_recipe, load_config
 from rankwise.workflows.config_training import DEFAULTS, OWNED, training_schema
 
@@ -92,9 +96,12 @@ def test_every_fault_of_a_file_is_reported_at_once_in_its_order_with_its_line(wr
         ("training: 3", "training: expected keys of its own, got 3"),
         ("gora: {gamma: -1}", "gora.gamma: -1"),
         ("gora: {rank_mode: best}", "gora.rank_mode: expected one of exact, paper or official, got 'best'"),
-        ("preset: best", "preset: expected one of paper or official, got 'best'"),
+        ("preset: best", "preset: gora has no preset 'best'; use paper or official, or leave it out"),
+        ("preset: offical", "preset: gora has no preset 'offical' (did you mean 'official'?)"),
+        ("preset: 3", "preset: expected text, got 3"),
         ("method: gorra", "method: 'gorra' is not known (did you mean gora?)"),
-        ("method: lora-ga", "method: lora-ga (LoRA-GA, arXiv 2407.05000) is not yet in this version"),
+        ("method: sora", "method: sora (SoRA, arXiv 2311.11696) is not yet in this version"),
+        ("lora-ga: {direction: ArB}", "lora-ga.direction: expected one of ArB2r, A2rBr"),
         ("dtype: float16", "dtype: expected one of auto, float32 or bfloat16, got 'float16'"),
     ],
 )
@@ -211,7 +218,49 @@ def test_the_learning_rate_follows_the_method_unless_it_is_said(write: Write) ->
     for method in ("gora", "rora", "lora"):
         config = load_config(path, [f"method={method}"])
         assert config.learning_rate == build_recipe(config).methods[0].learning_rates[1]
+    for methods, leading in (("[gora, lora-rite]", 1), ("[rora, lora-ga]", 1), ("[lora-ga, rora, lora-rite]", 2)):
+        config = load_config(path, [f"method={methods}"])
+        assert config.learning_rate == build_recipe(config).methods[leading].learning_rates[1]
     assert load_config(path, ["training.learning_rate=1e-3"]).learning_rate == 1e-3
+
+
+def test_clipping_is_off_by_default_where_the_method_clips_by_itself_and_the_resolved_run_file_says_so(
+    write: Write,
+) -> None:
+    path = write(MINIMAL)
+    assert load_config(path).training["max_grad_norm"] == 1.0
+    for methods in ("lora-rite", "[gora, lora-rite]"):
+        config = load_config(path, [f"method={methods}"])
+        assert config.to_dict()["training"]["max_grad_norm"] == 0.0
+        again = RunConfig.model_validate(config.to_dict())
+        assert again.hash() == config.hash()
+    said = load_config(path, ["method=lora-rite", "training.max_grad_norm=0.5"])
+    assert said.to_dict()["training"]["max_grad_norm"] == 0.5
+
+
+def test_a_preset_goes_to_the_methods_that_have_it(write: Write) -> None:
+    config = load_config(write(MINIMAL), ["method=[rora, lora-ga]", "preset=official"])
+    assert build_recipe(config).methods[1].offset == "base"
+    assert config.to_dict()["lora-ga"]["offset"] == "base"
+
+
+def test_settings_that_are_lists_in_a_file_are_tuples_in_a_method(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Decaying(RoRA):
+        id: ClassVar[str] = "decaying"
+        betas: tuple[float, float] = (0.9, 0.999)
+
+    for place in ("registry", "recipe"):
+        monkeypatch.setattr(f"rankwise.methods.{place}.METHODS", {**METHODS, "decaying": Decaying})
+    path = write(MINIMAL + "method: decaying\ndecaying: {betas: [0.8, 0.9]}\n")
+    config = load_config(path)
+    assert build_recipe(config).methods == (Decaying(betas=(0.8, 0.9)),)
+    assert config.to_dict()["decaying"] == {"betas": [0.8, 0.9]}
+    assert RunConfig.model_validate(config.to_dict()).to_dict() == config.to_dict()
+    (found,) = faults(write(MINIMAL + "decaying: {betas: [0.8, x]}\n"))
+    assert found.startswith(":3: decaying.betas: expected a number")
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])

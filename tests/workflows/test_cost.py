@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+import pytest
+
+from rankwise.errors import ConfigError
 from rankwise.workflows.cost import RunCost, _storage_bytes
-from rankwise.workflows.events import CostReady, Event
+from rankwise.workflows.events import CostReady, Event, Note
 from rankwise.workflows.plan import plan
+from rankwise.workflows.train import train
 from tests.workflows.conftest import MakeConfig
+
+HEAD = (32 * 2 + 2) + (32 * 32 + 32)
+"""Parameters of the new classifier and pooler, which are trained in full."""
 
 
 def told(config: object) -> RunCost:
@@ -32,6 +39,55 @@ def test_a_plans_cost_counts_what_is_trained_and_every_step(classification: Make
     assert cost.activation_bytes > 0
     assert cost.seconds > 0
     assert not list(tmp_path.glob("**/rankwise.json"))
+
+
+def test_plain_lora_is_its_own_measure(classification: MakeConfig) -> None:
+    for method in ("lora", "gora"):
+        cost = told(classification(method=method, training={"max_steps": 2}))
+        assert cost.overhead == 1
+        assert cost.plain_micro_batch_seconds == cost.micro_batch_seconds
+
+
+def test_a_recipe_is_measured_with_what_it_brings_and_beside_plain_lora(classification: MakeConfig) -> None:
+    training = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    plain = told(classification(method="lora", training=training))
+    start = told(classification(method="lora-ga", training=training))
+    assert start.overhead != 1
+    whole = 2 * start.plain_micro_batch_seconds + start.plain_optimizer_seconds
+    assert start.overhead == pytest.approx((2 * start.micro_batch_seconds + start.optimizer_seconds) / whole)
+    offsets = 4 * (plain.trained_parameters - HEAD)
+    assert start.model_bytes == plain.model_bytes + offsets, "a copy of every factor stands beside the adapter"
+    assert start.optimizer_bytes == plain.optimizer_bytes
+    moved = told(classification(method="lora-rite", training=training))
+    assert moved.overhead != 1
+    assert moved.model_bytes == plain.model_bytes
+    # Two moments for the head, one moment and small squares for the pairs.
+    assert 4 * plain.trained_parameters < moved.optimizer_bytes < 1.25 * plain.optimizer_bytes
+
+
+def test_a_start_that_the_base_holds_costs_a_step_nothing(classification: MakeConfig) -> None:
+    cost = told(classification(method="lora-ga", **{"lora-ga": {"offset": "base"}}, training={"max_steps": 2}))
+    assert cost.overhead == 1
+
+
+def test_a_full_state_is_told_before_it_is_made_and_refused_where_it_does_not_fit(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = classification(method="lora-pro", **{"lora-pro": {"mode": "full"}}, training={"max_steps": 2})
+    events: list[Event] = []
+    made = plan(config, events.append)
+    dense = sum(2 * 4 * layer.out_features * layer.in_features for layer in made.layers)
+    (cost,) = [event.cost for event in events if isinstance(event, CostReady)]
+    note = events.index(Note(text=f"lora-pro keeps {dense / 1e6:.3g} MB of optimizer state"))
+    assert note < events.index(CostReady(cost=cost))
+    # Moments of the layers, AdamW's two of the head, and a few step counts.
+    assert dense + 8 * HEAD <= cost["optimizer_bytes"] <= 1.05 * (dense + 8 * HEAD)
+    monkeypatch.setattr("rankwise.training.optimizers.free_memory", lambda device: 1000)
+    refusal = r"lora-pro's optimizer state takes .* GB are free on cpu: set lora-pro\.mode: efficient"
+    for job in (plan, train):
+        with pytest.raises(ConfigError, match=refusal):
+            job(config)
+    assert not config.folder.exists()
 
 
 def test_a_larger_batch_keeps_more_for_the_backward_pass(classification: MakeConfig) -> None:

@@ -1,6 +1,7 @@
 """The whole job on tiny models: a run leaves one verified adapter, says everything about itself, and can go on."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rankwise.errors import CheckpointError, HealthError, OutputError, TrainingInterrupted
+from rankwise.errors import CheckpointError, ConfigError, HealthError, OutputError, TrainingInterrupted
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
 from rankwise.workflows.events import Event, Metrics, Note, PhaseProgress, PhaseStarted, PlanReady, Result
 from rankwise.workflows.plan import plan
+from rankwise.workflows.quiet import log_as_notes
 from rankwise.workflows.train import train
 from rankwise.workflows.trainer import _precision_kept
 from tests.workflows.conftest import CHAT_TEMPLATE, MakeConfig, colored, write_rows
@@ -138,6 +140,79 @@ def test_a_causal_run_trains_on_every_form_of_rows(causal: MakeConfig, tmp_path:
         )
         base = AutoModelForCausalLM.from_pretrained(llama)
         assert PeftModel.from_pretrained(base, result.folder).peft_config["default"].r == 2
+
+
+COMPOSED = (["gora", "lora-rite"], ["lora-ga", "lora-pro"], ["gora", "ggpo"], ["rora", "mgpo"])
+
+
+@pytest.mark.parametrize("methods", COMPOSED, ids="+".join)
+def test_compositions_train_and_leave_one_verified_plain_adapter(
+    classification: MakeConfig, methods: list[str]
+) -> None:
+    config = classification(method=methods, training={"max_steps": 4, "learning_rate": 1e-3})
+    result = train(config)
+    manifest = json.loads((result.folder / "rankwise.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["config"]["training"]["max_grad_norm"] == (0.0 if "lora-rite" in methods else 1.0)
+    assert manifest["export"]["verification"]["logit_error"] <= 1e-5
+    health = {check["id"]: check["status"] for check in result.health["checks"]}
+    assert health["update"] == "passed"
+    assert health.get("schedule", "passed") == "passed"
+    perturbs = "ggpo" in methods or "mgpo" in methods
+    assert ("schedule" in health) is perturbs
+    told = [line for line in lines(result.folder / "metrics.jsonl") if any(key.startswith(methods[1]) for key in line)]
+    assert bool(told) is perturbs
+    assert all("lora_A" in name or "lora_B" in name for name in adapter(result.folder) if "layer" in name)
+
+
+def test_a_composition_that_is_cut_short_goes_on_as_if_nothing_had_happened(causal: MakeConfig, tmp_path: Path) -> None:
+    options = {"method": ["lora-ga", "lora-pro"], "training": {"max_steps": 5}, "lora_dropout": 0.1}
+    whole = train(causal(output_dir=str(tmp_path / "whole"), **options))
+    with pytest.raises(Killed):
+        train(causal(**options), killing_at(4))
+    events: list[Event] = []
+    again = train(causal(**options), events.append)
+    assert "calibration" not in [event.phase for event in events if isinstance(event, PhaseStarted)]
+    assert_equal_adapters(whole.folder, again.folder)
+
+
+def test_a_clipping_that_the_method_must_not_have_is_used_as_given_with_a_warning(causal: MakeConfig) -> None:
+    events: list[Event] = []
+    config = causal(method="lora-rite", training={"max_steps": 2, "max_grad_norm": 0.5, "adam_epsilon": 1e-7})
+    with pytest.raises(ConfigError, match="adam_epsilon is 1e-07, and lora-rite moves the pairs by its own"):
+        train(config)
+    assert not config.folder.exists()
+    train(causal(method="lora-rite", training={"max_steps": 2, "max_grad_norm": 0.5}), events.append)
+    warned = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+    assert [text for text in warned if text.startswith("max_grad_norm is 0.5, and lora-rite clips by itself")]
+    assert len(warned) == 1
+
+
+def test_another_optimizer_than_the_recipes_is_refused_with_nothing_written(causal: MakeConfig) -> None:
+    config = causal(method="lora-rite", training={"max_steps": 2, "optim": "adafactor"})
+    with pytest.raises(ConfigError, match="optim is 'adafactor'"):
+        train(config)
+    assert not config.folder.exists()
+
+
+def test_what_rankwises_own_modules_log_as_a_warning_is_told_as_a_note(capfd: pytest.CaptureFixture[str]) -> None:
+    events: list[Event] = []
+    logger = logging.getLogger("rankwise.methods.some")
+    with log_as_notes(events.append):
+        logger.warning("%d layers sat out", 3)
+        logger.info("nothing")
+    assert events == [Note(text="3 layers sat out", level="warning")]
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("rankwise").propagate
+
+
+def test_what_a_full_state_takes_is_told_before_training(causal: MakeConfig) -> None:
+    events: list[Event] = []
+    options = {"method": "lora-pro", "lora-pro": {"mode": "full"}, "training": {"max_steps": 2}}
+    plan(causal(**options), events.append)
+    train(causal(**options), events.append)
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert len([text for text in told if text.startswith("lora-pro keeps ") and "MB of optimizer state" in text]) == 2
 
 
 def test_only_completions_are_learned_and_the_labels_are_counted(causal: MakeConfig, tmp_path: Path) -> None:

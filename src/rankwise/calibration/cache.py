@@ -78,6 +78,7 @@ def statistics_fingerprint(
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     kept = [request.gradient, request.projection is not None, request.left_projection is not None]
     asked = [request.score is not None, request.score_is_row_mean, request.stop is not None, request.identity]
+    asked += [len(request.follow_ups)] if request.follow_ups else []
     settings = [memory, token_weighted, train_mode, sample_share, seed, str(autocast_dtype), dtypes, on_unused, on_zero]
     parts = {
         "model": [architecture_fingerprint(model), weights_fingerprint(model)],

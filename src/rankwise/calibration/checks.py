@@ -43,6 +43,8 @@ def check_settings(
         faults.append(f"calibration sample_share: {sample_share} is not allowed; use a share in (0, 1]")
     if request.stop is not None and request.score is None:
         faults.append("a stop predicate (adaptive N) judges scores, but the request asks for none; add a score")
+    if request.follow_ups and (request.gradient or request.score is not None):
+        faults.append("follow-up readings are for projections, but the request asks for the gradient or a score")
     if faults:
         raise ConfigError(faults)
 

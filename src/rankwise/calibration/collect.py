@@ -31,7 +31,7 @@ from rankwise.calibration.statistics import (
     MemoryMode,
     StatisticsRequest,
 )
-from rankwise.errors import CalibrationError, DataError
+from rankwise.errors import CalibrationError, ConfigError, DataError
 
 __all__ = ["OnBatch", "collect"]
 
@@ -109,12 +109,22 @@ def collect(
         autocast_dtype=autocast_dtype,
         replicate=request.stop is not None,
     )
-    task = _Collection(runner, request, mode, on_cpu, sample_share, on_unused, on_zero, on_batch)
+    readings = 1 + len(request.follow_ups)
+    task = _Collection(runner, request, mode, on_cpu, sample_share, on_unused, on_zero, on_batch, readings)
     with left_as_found(model, train_mode=train_mode) as stack, torch.enable_grad():
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_differentiable(model, stack)
         statistics = task.run()
+        for number, follow_up in enumerate(request.follow_ups, 1):
+            again = replace(task, request=_projections_only(follow_up(statistics)), reading=number, asked=0)
+            statistics = statistics.updated(again.run())
     return replace(statistics, seconds=time.perf_counter() - started)
+
+
+def _projections_only(request: StatisticsRequest) -> StatisticsRequest:
+    if needs_full_sums(request) or request.stop is not None or request.follow_ups:
+        raise ConfigError("a follow-up reading asks for more than projections; ask for the rest in the first request")
+    return request
 
 
 class _NonFiniteSumsError(Exception):
@@ -133,6 +143,10 @@ class _Collection:
     on_unused: Literal["error", "min"]
     on_zero: Literal["error", "uniform"]
     on_batch: OnBatch | None
+    readings: int = 1
+    """How often the batches are read in all, follow-ups included."""
+    reading: int = 0
+    """Which of them this is."""
     asked: int = 0
     """How many batches the stop predicate has been asked about."""
 
@@ -162,7 +176,8 @@ class _Collection:
         all_zero = True
         for number, group in enumerate(groups):
             sums = self._sums(group)
-            totals = self._pass(group, sums, skip, (first + number, first + len(groups)), self._enough(sums, limit))
+            position = (self.reading + first + number, self.readings - 1 + first + len(groups))
+            totals = self._pass(group, sums, skip, position, self._enough(sums, limit))
             weight = totals.weight if self.runner.token_weighted else float(totals.batches)
             for index, layer_sums, reached in zip(group, sums, totals.reached, strict=True):
                 zero = self._reduced(layer_sums)

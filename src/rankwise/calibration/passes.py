@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -68,10 +68,6 @@ class BatchRunner:
     seed: int
     autocast_dtype: torch.dtype | None
     replicate: bool
-    uses: WeightUses = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "uses", WeightUses(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +85,9 @@ class BatchRunner:
         """Lets the receiver see the gradients of these layers (by their position in `indices`)."""
         layers = [self.layers[index] for index in indices]
         attach = attach_outer if self.collector == "outer" else attach_param
-        attach(self.uses, layers, receiver, stack)
+        # Looked up anew for each pass: bitsandbytes repacks 4-bit weights at the first evaluation on a CPU, and what
+        # lies at their old addresses then may be another layer's.
+        attach(WeightUses(self.model), layers, receiver, stack)
 
     def forward(self, number: int, batch: Any) -> tuple[Tensor, float]:
         """The batch's loss and weight, under the training's autocast."""

@@ -1,8 +1,8 @@
 """What calibration is asked for, and what it hands on: plain values, no model in sight."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +31,9 @@ class StatisticsRequest:
             otherwise `memory: sampled` is refused.
         stop: given the number of batches used so far and each layer's score of the running mean, whether to stop
             (adaptive N). Called once for each count from 1 on, in order; every process then runs every batch.
+        follow_ups: further readings of the same batches, in order: each makes its request from the statistics so far,
+            in which what it asks for replaces what an earlier reading found (power iterations: a projection on the
+            range of an earlier one). All of them ask for projections only.
         identity: what distinguishes this request in a cache's fingerprint (method settings that change projection or
             score).
     """
@@ -41,6 +44,7 @@ class StatisticsRequest:
     score: Callable[[Float[Tensor, "rows in"], Float[Tensor, "rows in"]], Float[Tensor, " c"]] | None = None
     score_is_row_mean: bool = False
     stop: Callable[[int, Mapping[str, Float[Tensor, " c"]]], bool] | None = None
+    follow_ups: "tuple[Callable[[GradientStatistics], StatisticsRequest], ...]" = ()
     identity: str = ""
 
 
@@ -96,3 +100,16 @@ class GradientStatistics:
     row_share: float = 1.0
     seconds: float = 0.0
     from_cache: bool = False
+
+    def updated(self, newer: Self) -> Self:
+        """The same statistics with the projections of a later reading of the batches in place of the older ones."""
+        layers = {}
+        for name, layer in self.layers.items():
+            new = newer.layers[name]
+            layers[name] = replace(
+                layer,
+                batches=new.batches,
+                projection=layer.projection if new.projection is None else new.projection,
+                left_projection=layer.left_projection if new.left_projection is None else new.left_projection,
+            )
+        return replace(self, layers=layers)

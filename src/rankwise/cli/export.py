@@ -25,6 +25,12 @@ def command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16; by default float32, for merged weights that of the base."),
     ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-rank", help="Re-compress layers of more ranks; tells what that discards.", show_default=False
+        ),
+    ] = None,
     base_model: Annotated[
         str | None,
         typer.Option("--base", help="Base model for merged weights or a check of the logits.", show_default=False),
@@ -49,6 +55,7 @@ def command(
             layout=layout,
             consumer=consumer,
             dtype=dtype,
+            max_rank=max_rank,
             base_model=base_model,
             overwrite=overwrite,
         )

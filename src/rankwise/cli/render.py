@@ -148,9 +148,22 @@ def export_view(report: Values) -> RenderableType:
     )
     shown = {key: flat[key] for key in (*keys, "vllm_max_lora_rank") if flat.get(key) is not None}
     verdicts = _dicts(flat.get("verdicts"))
-    table: list[RenderableType] = [Text(), verdict_table(verdicts)] if verdicts else []
+    table: list[RenderableType] = [*_discarded(flat.get("compression"))]
+    table += [Text(), verdict_table(verdicts)] if verdicts else []
     notes = [Text(f"note: {note}") for note in _texts(flat.get("notes"))]
     return Group(_fact_grid(shown | _rank_range(flat)), *table, *notes)
+
+
+def _discarded(compression: object) -> list[RenderableType]:
+    """What re-compression to fewer ranks lost of each layer's update, the worst first, and in all."""
+    layers = compression.get("discarded") if isinstance(compression, Mapping) else None
+    if not isinstance(layers, Mapping) or not layers or not isinstance(compression, Mapping):
+        return []
+    table = frameless(f"re-compressed to rank {compression.get('max_rank')}", ">discarded")
+    for name, share in sorted(layers.items(), key=lambda item: -item[1]):
+        table.add_row(Text(str(name)), Text(f"{share:.3%}"))
+    table.add_row(Text("all layers together", style="bold"), Text(f"{compression.get('total'):.3%}", style="bold"))
+    return [Text(), table]
 
 
 def _rank_range(values: Values) -> dict[str, object]:
@@ -215,7 +228,7 @@ def methods_view(methods: Sequence[Values]) -> RenderableType:
     Args:
         methods: one mapping a method, as `describe_methods()` returns them.
     """
-    table = frameless("method", "state", "changes", "title")
+    table = frameless("method", "state", "changes", "learning rate", "title")
     for method in methods:
         slots = method.get("slots")
         changes = ", ".join(map(str, slots)) if isinstance(slots, list | tuple) else ""
@@ -223,9 +236,20 @@ def methods_view(methods: Sequence[Values]) -> RenderableType:
             Text(str(method.get("id", "")), style="bold"),
             _word(method.get("state")),
             changes,
+            Text(_rates(method)),
             Text(str(method.get("title", ""))),
         )
-    return Group(table, Text("rankwise methods ID shows one with its settings.", style="dim"))
+    hint = "Learning rates: low end, default, high end. rankwise methods ID shows one method with its settings."
+    return Group(table, Text(hint, style="dim"))
+
+
+def _rates(method: Values) -> str:
+    """The recommended learning rates, and the optimizer that they are for."""
+    rates = method.get("learning_rate")
+    if not isinstance(rates, Mapping):
+        return ""
+    told = ", ".join(f"{rates[end]:.0e}".replace("e-0", "e-") for end in ("low", "default", "high"))
+    return f"{told} ({method.get('optimizer', 'AdamW')})"
 
 
 def method_view(method: Values) -> RenderableType:

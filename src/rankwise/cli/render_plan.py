@@ -66,6 +66,7 @@ def cost_view(cost: Mapping[str, float | int]) -> RenderableType:
     parts = ("model", "gradient", "optimizer", "activation")
     told = ", ".join(f"{part} {_size(cost[f'{part}_bytes'])}" for part in parts)
     step = cost["micro_batches"] * cost["micro_batch_seconds"] + cost["optimizer_seconds"]
+    overhead = [] if cost["overhead"] == 1 else [_overhead(cost)]
     return Group(
         Text.assemble(("Memory of a step  ", "bold"), f"{_size(cost['memory_bytes'])} ({told})"),
         Text.assemble(
@@ -73,7 +74,19 @@ def cost_view(cost: Mapping[str, float | int]) -> RenderableType:
             f"{duration(cost['seconds'])} for {cost['steps']:,} steps of {figure(step, 2)} s, measured here; "
             "calibration, evaluation and saving come on top",
         ),
+        *overhead,
     )
+
+
+def _overhead(cost: Mapping[str, float | int]) -> Text:
+    """A step beside a plain LoRA step of the same ranks, and which part of it takes the time."""
+    parts = ("micro_batch", "optimizer")
+    told = ", ".join(
+        f"{name.replace('_', '-')} {figure(cost[f'{name}_seconds'], 2)} s against "
+        f"{figure(cost[f'plain_{name}_seconds'], 2)} s"
+        for name in parts
+    )
+    return Text.assemble(("Against plain LoRA  ", "bold"), f"{cost['overhead']:.2f} x a step under AdamW ({told})")
 
 
 def _size(count: float) -> str:

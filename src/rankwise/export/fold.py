@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.adapters.attach import adapted_layers, modules_saved
-from rankwise.adapters.state import FoldState
+from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.errors import ArtifactError, ExportError
 from rankwise.export.files import (
     AdapterFiles,
@@ -211,7 +211,7 @@ def base_module_names(base: nn.Module) -> frozenset[str]:
 
 
 def _fold_layer(shape: LayerShape, pair: Pair, scaling: float, state: FoldState) -> FoldedLayer:
-    """Gate, stack boosters, stack the negative offset (common.md section 3, serving.md sections 3 and 6)."""
+    """Gate, stack boosters, take the offset off (common.md section 3, serving.md sections 3 and 6)."""
     lora_A, lora_B = pair.lora_A.float(), pair.lora_B.float()
     gate = state.gates.get(shape.name)
     if gate is not None:
@@ -223,9 +223,23 @@ def _fold_layer(shape: LayerShape, pair: Pair, scaling: float, state: FoldState)
         lora_B = torch.cat([booster.lora_B.float(), lora_B], dim=1)
     offset = state.offsets.get(shape.name)
     if offset is not None:
-        lora_A = torch.cat([lora_A, offset.lora_A.float()])
-        lora_B = torch.cat([lora_B, -offset.lora_B.float()], dim=1)
+        lora_A, lora_B = _without_start(lora_A, lora_B, offset)
     return FoldedLayer(shape, lora_A, lora_B, scaling)
+
+
+def _without_start(lora_A: Tensor, lora_B: Tensor, start: FactorPair) -> tuple[Tensor, Tensor]:
+    """B A - B0 A0 as one pair: [B - B0, B0] [A; A - A0], or [B, -B0] [A; A0] where the ranks differ.
+
+    The first form holds what training changed in small numbers, which s B and a 16-bit file round in proportion; the
+    second is the difference of two large products, of which rounding alone would leave a multiple of a short run.
+    """
+    start_A, start_B = start.lora_A.float(), start.lora_B.float()
+    subtracts = start_A.any(dim=1) & start_B.any(dim=0)  # an update of zero has nothing to subtract
+    if start_A.shape != lora_A.shape:
+        return torch.cat([lora_A, start_A[subtracts]]), torch.cat([lora_B, -start_B[:, subtracts]], dim=1)
+    start_B = start_B * subtracts
+    rows = torch.cat([lora_A, (lora_A - start_A)[subtracts]])
+    return rows, torch.cat([lora_B - start_B, start_B[:, subtracts]], dim=1)
 
 
 def _without_padding(layer: FoldedLayer) -> FoldedLayer:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.layers import view_linear
+from rankwise.adapters.offset import LiveOffset
 from rankwise.errors import ArtifactError, VerificationError
 from rankwise.export.consumers import ConsumerVerdict, audit_files, consumers_of
 from rankwise.export.files import (
@@ -56,7 +58,8 @@ class Verification:
         update_bound: what was allowed: 1e-5 for float32 files, 1e-2 for 16-bit ones.
         worst_layer: the layer behind `update_error`.
         logit_error: the largest difference of logits relative to the largest logit, None if no batch was given.
-        logit_bound: what was allowed: 1e-5 in float32, 5e-2 where the base or the file is 16-bit.
+        logit_bound: what was allowed: 1e-5 in float32, 5e-2 where the base or the file is 16-bit or packed; None if
+            ranks were discarded on purpose.
         verdicts: what each consumer would compute from the file.
         layers: how many layers were compared.
     """
@@ -80,6 +83,8 @@ def verify(
     adapter_name: str = "default",
     consumers: Sequence[str] = (),
     reference: Tensor | None = None,
+    offset: LiveOffset | None = None,
+    lossy: bool = False,
 ) -> Verification:
     """Reads a written adapter back and compares it with the trained one.
 
@@ -94,6 +99,8 @@ def verify(
         adapter_name: the trained adapter of `model`.
         consumers: values of `export --for` that must compute the same.
         reference: the trained logits, where `model` does not compute them itself.
+        offset: the live offset of `model`: the file is held against the base weights as they were found.
+        lossy: whether ranks were discarded from `folded` on purpose: logits are compared, and not bound.
 
     Returns:
         The measured figures, all within their bounds.
@@ -111,7 +118,9 @@ def verify(
         )
     verdicts = tuple(audit_files(files.config, files.tensors))
     _check_consumers(verdicts, consumers)
-    logit_error, logit_bound = _compare_logits(Path(folder), files, model, batch, fresh, adapter_name, reference)
+    logit_error, logit_bound = _compare_logits(
+        Path(folder), files, model, batch, fresh, adapter_name, reference, offset, lossy=lossy
+    )
     return Verification(
         update_error=update_error,
         update_bound=bound,
@@ -230,6 +239,9 @@ def _compare_logits(
     fresh: nn.Module | None,
     adapter_name: str,
     reference: Tensor | None,
+    offset: LiveOffset | None,
+    *,
+    lossy: bool,
 ) -> tuple[float | None, float | None]:
     if batch is None or (model is None and (fresh is None or reference is None)):
         return None, None
@@ -241,9 +253,20 @@ def _compare_logits(
             served = loaded_on_fresh(fresh, folder, batch)
         else:
             assert model is not None
-            served = file_as_second_adapter(model, folder, batch, adapter_name)
-    half = reference.dtype in _HALF_DTYPES or update_bound(files) == _HALF_BOUND
+            with nullcontext() if offset is None else offset.base_as_found():
+                served = file_as_second_adapter(model, folder, batch, adapter_name)
+    if lossy:
+        return logit_difference(served, reference), None
+    packed = any(_packed(one) for one in (model, fresh) if one is not None)
+    half = reference.dtype in _HALF_DTYPES or update_bound(files) == _HALF_BOUND or packed
     return compare_logits(folder, served, reference, half=half), _logit_bound(half)
+
+
+def _packed(model: nn.Module) -> bool:
+    """Whether a layer is quantized: its kernel may compute in 16 bits whatever goes in and comes out."""
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    views = (view_linear(name, module) for name, module in linear)  # PEFT's own wrappers share the class names
+    return any(view.quantized for view in views if view is not None)
 
 
 def _logit_bound(half: bool) -> float:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.attach import adapted_layers
 from rankwise.adapters.checkpoint import write_safetensors
-from rankwise.adapters.state import STATE_FILE, FoldState
+from rankwise.adapters.offset import LiveOffset
+from rankwise.adapters.state import FoldState
 from rankwise.errors import ConfigError, ExportError, OutputError, VerificationError
+from rankwise.export.compress import CompressedAdapter, compress_adapter
 from rankwise.export.consumers import ConsumerVerdict, consumers_of, refuse_consumers, tgi_rank
 from rankwise.export.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, number, split_tensors
 from rankwise.export.fold import FoldedAdapter, base_module_names, fold, fold_folder
@@ -28,6 +31,7 @@ from rankwise.export.staging import (
     sync_folder,
     write_extra_files,
 )
+from rankwise.export.stored import stored_state
 from rankwise.export.verify import Batch, Verification, compare_logits, verify
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape
@@ -60,6 +64,8 @@ class ExportReport:
         verification: the measured figures; None for merged weights, which are compared bit for bit instead.
         logit_error: the largest difference of logits relative to the largest logit, None if not measured.
         notes: what the user should know.
+        compression: what `max_rank` discarded, None if it was not asked for. The verification is then against the
+            compressed update, while `logit_error` is still against the trained model, without a bound.
     """
 
     folder: Path
@@ -74,6 +80,7 @@ class ExportReport:
     verification: Verification | None
     logit_error: float | None
     notes: tuple[str, ...]
+    compression: CompressedAdapter | None = None
 
     @property
     def verdicts(self) -> tuple[ConsumerVerdict, ...]:
@@ -95,6 +102,8 @@ def export_adapter(
     *,
     layout: Layout = "uniform",
     state: FoldState | None = None,
+    offset: LiveOffset | None = None,
+    max_rank: int | None = None,
     dtype: torch.dtype | str | None = None,
     consumers: Sequence[str] = (),
     batch: Batch | None = None,
@@ -114,6 +123,9 @@ def export_adapter(
         folder: where to write. Other files in it stay.
         layout: uniform (serves right everywhere), compact, per_rank or merged.
         state: what the method keeps beside the adapter.
+        offset: the live offset of a start that is subtracted again, if there is one: where it moved the base weights,
+            they are as found while the written file is held against them.
+        max_rank: the most ranks a layer may have in the file; what that discards is measured and told.
         dtype: float32, bfloat16 or float16 of the factors (default float32), or of the merged weights (default: the
             base's own).
         consumers: values of `export --for` that must load the file and compute the same.
@@ -131,21 +143,36 @@ def export_adapter(
 
     Raises:
         OutputError: the destination holds an adapter (nothing is written).
-        ConfigError: an unknown layout, dtype or consumer.
+        ConfigError: an unknown layout, dtype or consumer, or a max_rank that cannot be.
         ExportError: something that the layout or a consumer cannot hold, or a value that is not finite.
         VerificationError: the written file is not the trained adapter; the destination is untouched.
     """
     job = _job(folder, layout, dtype, consumers, extra_files, failed_folder, overwrite=overwrite)
+    _check_max_rank(job, max_rank)
+    if state is None and offset is not None:
+        state = FoldState(offsets=offset.pairs)
     folded = fold(model, state, adapter_name, empty_layers=_empty_layers(plan))
     _check_plan(folded, plan, gated=bool(state))
     if job.layout == "merged":
         reference = None if batch is None or fresh is None else computed_logits(model, batch)
-        return _write_merged(job, folded, model.get_base_model(), fresh, batch, reference)
+        with _base_as_found(offset):
+            return _write_merged(job, folded, model.get_base_model(), fresh, batch, reference)
+    folded, compression = _compressed(folded, max_rank)
 
     def check(stage: Path) -> Verification:
-        return verify(stage, folded, model, batch, fresh, adapter_name=adapter_name, consumers=job.consumers)
+        return verify(
+            stage,
+            folded,
+            model,
+            batch,
+            fresh,
+            adapter_name=adapter_name,
+            consumers=job.consumers,
+            offset=offset,
+            lossy=compression is not None and compression.lossy,
+        )
 
-    return _write_adapter(job, folded, check)
+    return _write_adapter(job, folded, check, compression)
 
 
 def export_folder(
@@ -154,6 +181,7 @@ def export_folder(
     *,
     layout: Layout = "uniform",
     state: FoldState | None = None,
+    max_rank: int | None = None,
     dtype: torch.dtype | str | None = None,
     consumers: Sequence[str] = (),
     base: nn.Module | None = None,
@@ -174,6 +202,7 @@ def export_folder(
         destination: where to write; not `source`.
         layout: uniform (serves right everywhere), compact, per_rank or merged.
         state: replaces what rankwise_state.safetensors says.
+        max_rank: the most ranks a layer may have in the file; what that discards is measured and told.
         dtype: float32, bfloat16 or float16 of the factors (default float32), or of the merged weights (default: the
             base's own).
         consumers: values of `export --for` that must load the file and compute the same.
@@ -186,7 +215,8 @@ def export_folder(
         failed_folder: where the staged folder is kept if it is not the trained adapter; None discards it.
 
     Raises:
-        ArtifactError: the source is missing, damaged or no plain LoRA.
+        ArtifactError: the source is missing, damaged or no plain LoRA, or a checkpoint without the state that its
+            adapter cannot do without.
         ModelError: `base` is not the adapter's base model.
         OutputError, ConfigError, ExportError, VerificationError: as `export_adapter`.
     """
@@ -194,29 +224,50 @@ def export_folder(
     job = _job(destination, layout, dtype, consumers, extra_files, failed_folder, overwrite=overwrite)
     if job.folder.resolve() == source.resolve():
         raise OutputError(f"{destination} is the source itself; name another folder.")
-    state = _stored_state(source) if state is None else state
+    _check_max_rank(job, max_rank)
+    state = stored_state(source) if state is None else state
     folded = _source_adapter(source, state, base, plan)
-    if state and batch is not None:
-        batch = None  # stock PEFT on the base knows nothing of gates, offsets and boosters
+    if state and (state.gates or state.boosters) and batch is not None:
+        batch = None  # stock PEFT on the base knows nothing of gates and boosters
         folded = replace(folded, notes=(*folded.notes, "logits were not compared: the method's state is folded."))
     with ExitStack() as stack:
         model = None
         if base is not None and batch is not None:
             model = stack.enter_context(adapter_on_base(base, source))
+            if state and state.offsets:
+                stack.callback(LiveOffset(model, adapted_layers(model), state.offsets, "adapter").close)
         reference = None if model is None or batch is None else computed_logits(model, batch)
         if job.layout == "merged":
             stack.close()  # the base carries the merged weights next
             return _write_merged(job, folded, base, fresh or base, batch, reference)
+        folded, compression = _compressed(folded, max_rank)
 
         def check(stage: Path) -> Verification:
-            return verify(stage, folded, model, batch, fresh, consumers=job.consumers, reference=reference)
+            return verify(
+                stage,
+                folded,
+                model,
+                batch,
+                fresh,
+                consumers=job.consumers,
+                reference=reference,
+                lossy=compression is not None and compression.lossy,
+            )
 
-        return _write_adapter(job, folded, check)
+        return _write_adapter(job, folded, check, compression)
 
 
-def _stored_state(source: Path) -> FoldState | None:
-    path = source / STATE_FILE
-    return FoldState.load(path) if path.is_file() else None
+def _base_as_found(offset: LiveOffset | None) -> AbstractContextManager[None]:
+    return nullcontext() if offset is None else offset.base_as_found()
+
+
+def _check_max_rank(job: "_Job", max_rank: int | None) -> None:
+    if max_rank is not None and job.layout == "merged":
+        raise ConfigError("max_rank: merged weights hold every rank; leave max_rank out, or export an adapter layout.")
+
+
+def _compressed(folded: FoldedAdapter, max_rank: int | None) -> tuple[FoldedAdapter, CompressedAdapter | None]:
+    return (folded, None) if max_rank is None else compress_adapter(folded, max_rank)
 
 
 def _source_adapter(
@@ -291,7 +342,12 @@ def _check_plan(folded: FoldedAdapter, plan: RankPlan | None, *, gated: bool) ->
         raise ExportError("the adapter is not the plan's:\n  " + "\n  ".join(faults[:10]))
 
 
-def _write_adapter(job: _Job, folded: FoldedAdapter, check: Callable[[Path], Verification]) -> ExportReport:
+def _write_adapter(
+    job: _Job,
+    folded: FoldedAdapter,
+    check: Callable[[Path], Verification],
+    compression: CompressedAdapter | None,
+) -> ExportReport:
     files = _built(job, folded)
 
     def write(stage: Path) -> None:
@@ -312,6 +368,7 @@ def _write_adapter(job: _Job, folded: FoldedAdapter, check: Callable[[Path], Ver
         verification=verification,
         logit_error=verification.logit_error,
         notes=files.notes,
+        compression=compression,
     )
 
 
@@ -384,6 +441,7 @@ def _report(
     verification: Verification | None = None,
     logit_error: float | None,
     notes: tuple[str, ...],
+    compression: CompressedAdapter | None = None,
 ) -> ExportReport:
     ranks = [layer.rank for layer in folded.layers.values()]
     return ExportReport(
@@ -399,4 +457,5 @@ def _report(
         verification=verification,
         logit_error=logit_error,
         notes=notes,
+        compression=compression,
     )

@@ -138,11 +138,15 @@ class Method:
     source: ClassVar[str]
     slots: ClassVar[frozenset[Slot]]
     learning_rates: ClassVar[tuple[float, float, float]]
-    """Recommended learning rates under AdamW: low end, default, high end."""
+    """Recommended learning rates: low end, default, high end; under AdamW, or the method's own optimizer."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Named settings ("paper", "official"): keyword arguments of the dataclass."""
     unclipped: ClassVar[bool] = False
     """Whether the trainer must not clip gradients, because the method clips what is invariant by itself."""
+    leaner: ClassVar[str] = ""
+    """What to set where `state_bytes` does not fit, in the user's words ("lora-pro.mode: efficient")."""
+    needs_validation: ClassVar[bool] = False
+    """Whether the schedule scores on validation batches, which `attach` must then be given."""
 
     @property
     def offset_place(self) -> OffsetPlace:
@@ -172,9 +176,22 @@ class Method:
         """The scaling rule (scale slot)."""
         raise NotImplementedError(f"{self.id} does not fill the scale slot")
 
+    def check_ranks(self, layers: Sequence[LayerShape], ranks: Sequence[int]) -> None:
+        """Refuses ranks that the start cannot fill, as soon as they are known (initialize slot).
+
+        Raises:
+            ConfigError: with every such layer.
+        """
+
     def initialize(self, start: Start) -> Factors:
         """The factors at step 0 (initialize slot)."""
         raise NotImplementedError(f"{self.id} does not fill the initialize slot")
+
+    def start_notes(
+        self, statistics: GradientStatistics | None, start: Mapping[str, Factors], seed: int
+    ) -> tuple[str, ...]:
+        """What the user should be told of the factors at step 0, one sentence each (initialize slot)."""
+        return ()
 
     def refine(self, start: Mapping[str, Factors], evaluate: Evaluator) -> Mapping[str, Factors] | None:
         """New lora_B values found by evaluating batches on the attached, untrained model; None to keep them."""
@@ -190,6 +207,17 @@ class Method:
             lr: the learning rate of groups without their own.
         """
         raise NotImplementedError(f"{self.id} does not fill the optimize slot")
+
+    def state_bytes(self, ranks: Mapping[LayerShape, int]) -> int | None:
+        """Bytes of optimizer state over these layers, where they need a look before the first step (optimize slot).
+
+        Args:
+            ranks: by layer, its rank.
+
+        Returns:
+            The bytes, held against the free memory; None for no more than AdamW's two moments.
+        """
+        return None
 
     def make_schedule(self, scene: Scene) -> Schedule:
         """What acts around steps (schedule slot); hooks are put on the model here and taken off by its `close`."""

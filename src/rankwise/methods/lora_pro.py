@@ -32,6 +32,7 @@ Departures, with reasons:
 - The symmetric choice of X uses S_A^-1; the code uses S_A there.
 - Weight decay never touches the base weight (the older code's full mode decays it too).
 - Full-mode moments are float32 by default; the code's bfloat16 average rounds away most increments of 1 - beta2 = 1e-3.
+- B^T gB stands for gA A^T as well, which it equals: one product less.
 - Clipping is left to the trainer, on raw gradients. The newer code clips the adjusted step by the raw norm.
 - SGD refuses momentum, which the code accepts and ignores. Pairs are explicit; the code pairs consecutive parameters,
   and one missing gradient shifts all later pairs.
@@ -269,7 +270,7 @@ class Spectra:
 
 
 def free_matrix(
-    mode: FreeMatrix, spectra: Spectra, cross_A: Tensor, cross_B: Tensor, weight: Tensor
+    mode: FreeMatrix, spectra: Spectra, cross: Float[Tensor, "*b r r"], weight: Tensor
 ) -> Float[Tensor, "*b r r"]:
     """The matrix X that both adjusted gradients share.
 
@@ -279,23 +280,22 @@ def free_matrix(
     Args:
         mode: which.
         spectra: of S_A and S_B.
-        cross_A: gA A^T [..., r, r].
-        cross_B: B^T gB [..., r, r].
+        cross: B^T gB, which is gA A^T too (both are s B^T G A^T).
         weight: 1 / s^2, [..., 1, 1].
 
     Source: arXiv 2407.18242v3, the choice of X; the symmetric choice as in mrflogs/LoRA-Pro 85d74c9, with S_A^-1.
     """
     if mode == "zero":
-        return torch.zeros_like(cross_A)
+        return torch.zeros_like(cross)
     if mode == "symmetry":
-        return -0.5 * weight * spectra.inverse_B @ cross_B @ spectra.inverse_A
-    right = -weight * spectra.inverse_B @ cross_A
+        return -0.5 * weight * spectra.inverse_B @ cross @ spectra.inverse_A
+    right = -weight * spectra.inverse_B @ cross
     turned = spectra.U.mT @ right @ spectra.V
     return spectra.U @ (turned / (spectra.b.unsqueeze(-1) + spectra.a.unsqueeze(-2))) @ spectra.V.mT
 
 
 def adjusted(
-    spectra: Spectra, cross_B: Tensor, X: Tensor, weight: Tensor
+    spectra: Spectra, cross: Float[Tensor, "*b r r"], X: Tensor, weight: Tensor
 ) -> dict[Side, tuple[Float[Tensor, "*b r r"], Float[Tensor, "*b r r"]]]:
     """By side (own, mixed) with h = own g + mixed F: hA = own gA + mixed A, hB^T = own gB^T + mixed B^T.
 
@@ -304,7 +304,7 @@ def adjusted(
     inverse_A, inverse_B = spectra.inverse_A, spectra.inverse_B
     return {
         "A": (weight * inverse_B, X),
-        "B": (weight * inverse_A, -(weight * inverse_B @ cross_B @ inverse_A + X).mT),
+        "B": (weight * inverse_A, -(weight * inverse_B @ cross @ inverse_A + X).mT),
     }
 
 
@@ -317,15 +317,14 @@ class _Solution:
     delta_rel: float
 
     def measure(self, block: Block) -> tuple[Measured, Tensor]:
-        """Spectra of both Gram matrices and the cross products; F g^T of lora_A is A gA^T, its transpose is wanted."""
+        """Spectra of both Gram matrices and the cross product B^T gB."""
         values, vectors = torch.linalg.eigh(torch.cat([block.gram(side) for side in SIDES]))
         measured: Measured = {}
         doubtful = torch.zeros_like(block.pair_moves)
         for side, own, Q in zip(SIDES, values.chunk(2), vectors.chunk(2), strict=True):
             measured[f"values_{side}"], measured[f"vectors_{side}"] = own.clone(), Q.clone()
             doubtful |= (own[:, -1] > 0) & ~(own[:, -1] < _DOUBTFUL**2 * own[:, 0])
-        measured["cross_A"] = block.halves["A"].products["cross"].mT.clone()
-        measured["cross_B"] = block.halves["B"].products["cross"].clone()
+        measured["cross"] = block.halves["B"].products["grad"].clone()
         return measured, doubtful
 
     def look_again(self, pair: PairView) -> Measured:
@@ -338,12 +337,10 @@ class _Solution:
             near = tall.product(rows, rows).double()
             gram = outer[side].mT @ near @ outer[side]
             measured[f"values_{side}"], measured[f"vectors_{side}"] = torch.linalg.eigh((gram + gram.mT) / 2)
-        a, b = pair.tall["A"], pair.tall["B"]
-        turned = a.combine(first["B"][0].mT.to(a.grad.dtype), a.grad)  # gA is small where B is
-        measured["cross_A"] = outer["B"].mT @ a.product(turned, first["A"][1]).double() @ outer["A"]
-        measured["cross_B"] = outer["B"].mT @ b.product(first["B"][1], b.grad).double()
-        if not first["B"][0].any():  # B = 0: nothing to turn by
-            measured["cross_A"] = a.product(a.grad, a.factor).double()
+        # gB is small where A is: turned by both, the cross product keeps the digits of small directions too.
+        tall = pair.tall["B"]
+        turned = tall.combine(first["A"][0].mT.to(tall.grad.dtype), tall.grad)
+        measured["cross"] = outer["B"].mT @ tall.product(first["B"][1], turned).double() @ outer["A"]
         return measured
 
     def deltas(self, block: Block) -> dict[Side, Tensor]:
@@ -356,15 +353,13 @@ class _Solution:
         values, vectors = ({side: found[f"{name}_{side}"] for side in SIDES} for name in ("values", "vectors"))
         return Spectra.of(values, vectors, self.deltas(block), block.epsilon)
 
-    def coefficients(
-        self, block: Block, spectra: Spectra, cross_A: Tensor, cross_B: Tensor, X: Tensor
-    ) -> dict[Side, Coefficients]:
+    def coefficients(self, block: Block, spectra: Spectra, cross: Tensor, X: Tensor) -> dict[Side, Coefficients]:
         """(own, mixed) of both sides; one-sided where only one factor moves; 0 for indices that are zero in both."""
         both = (block.halves["A"].moves & block.halves["B"].moves)[:, None, None]
         alive = ~block.dead
         mask = (alive[:, :, None] & alive[:, None, :]).double()
         weight = _weight(block)
-        found = adjusted(spectra, cross_B, X, weight)
+        found = adjusted(spectra, cross, X, weight)
         decided: dict[Side, Coefficients] = {}
         for side in SIDES:
             own, mixed = found[side]
@@ -386,8 +381,8 @@ class _Solution:
         decided = []
         for block, found in zip(blocks, measured, strict=True):
             spectra = self.spectra(block, found)
-            X = free_matrix(self.x_mode, spectra, found["cross_A"], found["cross_B"], _weight(block))
-            decided.append(self.coefficients(block, spectra, found["cross_A"], found["cross_B"], X))
+            X = free_matrix(self.x_mode, spectra, found["cross"], _weight(block))
+            decided.append(self.coefficients(block, spectra, found["cross"], X))
         return decided
 
 
@@ -402,11 +397,14 @@ class ProSGD:
     number_state: ClassVar[Mapping[str, float]] = {}
 
     def reduce(self, tall: Tall) -> dict[str, Tensor]:
-        """F F^T and F g^T."""
-        return {
-            "gram": tall.product(tall.factor, tall.factor),
-            "cross": tall.product(tall.factor, tall.grad),
-        }
+        """F F^T; of lora_B the cross product B^T gB, and of lora_A, whose A gA^T is its transpose, only a sum of gA.
+
+        The sum tells whether gA is finite.
+        """
+        gram = tall.product(tall.factor, tall.factor)
+        if not tall.wide:
+            return {"gram": gram, "grad": tall.product(tall.factor, tall.grad)}
+        return {"gram": gram, "grad": tall.grad.sum(dim=(-2, -1), keepdim=True).expand(gram.shape)}
 
     def measure(self, block: Block) -> tuple[Measured, Tensor]:
         """See `_Solution.measure`."""
@@ -472,8 +470,7 @@ class ProFull(ProSGD):
         decided = []
         for block, found in zip(blocks, measured, strict=True):
             spectra = self.solution.spectra(block, found)
-            crosses = found["cross_A"], found["cross_B"]
-            own = self.solution.coefficients(block, spectra, *crosses, torch.zeros_like(crosses[0]))
+            own = self.solution.coefficients(block, spectra, found["cross"], torch.zeros_like(found["cross"]))
             alive, deltas = torch.diag_embed((~block.dead).double()), self.solution.deltas(block)
             for side in SIDES:
                 values, vectors = found[f"values_{side}"].clamp(min=0), found[f"vectors_{side}"]
@@ -494,8 +491,7 @@ class ProFull(ProSGD):
         steps = int(max(numbers[side]["steps"] for side in SIDES if moving[side]))
         scaling = numbers["A"]["scaling"]
         grad_A, grad_B = _through_moments(A, B, h["A"], h["B"], scaling, steps, tall["A"].hyper, state)
-        cross_A = (grad_A @ A.mT).double()
-        cross_B = (B.mT @ grad_B).double()
+        cross = (B.mT @ grad_B).double()
         solved = {side: torch.linalg.eigh(coefficients[side].matrices["gram"]) for side in SIDES}
         spectra = Spectra.of(
             {side: solved[side][0] for side in SIDES},
@@ -504,8 +500,8 @@ class ProFull(ProSGD):
             torch.finfo(A.dtype).eps,
         )
         weight = torch.full((1, 1), scaling**-2, dtype=torch.float64, device=A.device)
-        X = free_matrix(self.solution.x_mode, spectra, cross_A, cross_B, weight)
-        found = adjusted(spectra, cross_B, X, weight)
+        X = free_matrix(self.solution.x_mode, spectra, cross, weight)
+        found = adjusted(spectra, cross, X, weight)
         alive = coefficients["A"].matrices["alive"]
         hyper = tall["A"].hyper
         both = moving["A"] and moving["B"]

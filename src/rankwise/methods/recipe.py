@@ -1,32 +1,26 @@
-"""Which methods go together: the registry, the slots of a recipe, and the one table of refused combinations."""
+"""Which methods go together: the slots of a recipe, the one table of refused combinations, and the one of remarks."""
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
-from rankwise.errors import ConfigError, RecipeError
+from rankwise.errors import RecipeError
 from rankwise.methods.base import Budget, Method, Slot
-from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
-from rankwise.methods.rora import RoRA
+from rankwise.methods.registry import METHODS, RESERVED, method_class, method_from_id
 
-__all__ = ["METHODS", "REFUSALS", "RESERVED", "Recipe", "Refusal", "Situation", "method_class", "method_from_id"]
-
-METHODS: Mapping[str, type[Method]] = {method.id: method for method in (LoRA, GoRA, RoRA)}
-
-RESERVED: Mapping[str, str] = {
-    "lora-ga": "LoRA-GA, arXiv 2407.05000",
-    "lora-pro": "LoRA-Pro, arXiv 2407.18242",
-    "lora-rite": "LoRA-RITE, arXiv 2410.20625",
-    "ggpo": "LoRA-GGPO, arXiv 2502.14538v1",
-    "mgpo": "LoRA-MGPO, arXiv 2502.14538v2",
-    "ab-lora": "ALoRA (AB-LoRA), arXiv 2403.16187",
-    "sora": "SoRA, arXiv 2311.11696",
-    "beamlora": "BeamLoRA, arXiv 2502.13604",
-    "xgblora": "XGBLoRA, arXiv 2410.19694",
-}
-"""Ids of methods that later versions bring."""
+__all__ = [
+    "METHODS",
+    "REFUSALS",
+    "REMARKS",
+    "RESERVED",
+    "Recipe",
+    "Refusal",
+    "Remark",
+    "Situation",
+    "method_class",
+    "method_from_id",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +32,18 @@ class Situation:
         offloaded: whether parameters lie on the meta device or on disk.
         collector: the gradient collector asked for.
         lora_options: options of PEFT's LoraConfig that were asked for beside ours.
+        fsdp: whether the trainer shards the model with FSDP.
+        deepspeed: the ZeRO stage of a DeepSpeed engine (0 shards nothing); None without one.
+        learning_rate_ratio: the rate of lora_B over that of lora_A, as LoRA+ sets it.
     """
 
     quantized: bool = False
     offloaded: bool = False
     collector: Literal["auto", "outer", "param"] = "auto"
     lora_options: Mapping[str, object] = field(default_factory=dict)
+    fsdp: bool = False
+    deepspeed: int | None = None
+    learning_rate_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Recipe:
         methods: in the order given; at least one.
 
     Raises:
-        RecipeError: if two fill the same slot, one is named twice, or `lora` stands beside another; all faults at once.
+        RecipeError: if two fill the same slot, one is named twice, `lora` stands beside another, or the table refuses
+            them; all faults at once.
     """
 
     methods: tuple[Method, ...]
@@ -113,9 +114,20 @@ class Recipe:
         """Whether a method asks for gradient statistics, so that calibration batches are needed."""
         return any(type(method).request is not Method.request for method in self.methods)
 
+    @property
+    def unclipped(self) -> Method | None:
+        """The method under which the trainer must not clip gradients, if there is one."""
+        return next((method for method in self.methods if method.unclipped), None)
+
+    @property
+    def learning_rates(self) -> tuple[float, float, float]:
+        """The recommended rates: those of whoever moves the factors, else of whoever starts them, else the first's."""
+        return (self.optimize or self.owner(Slot.INITIALIZE) or self.methods[0]).learning_rates
+
     def notes(self, ranks: Mapping[str, int], budget: Budget) -> tuple[str, ...]:
-        """What the methods have to say beside a plan."""
-        return tuple(note for method in self.methods for note in method.notes(ranks, budget))
+        """What the methods, and their combination, have to say beside a plan."""
+        own = tuple(note for method in self.methods for note in method.notes(ranks, budget))
+        return own + tuple(remark.text(self) for remark in REMARKS if remark.applies(self))
 
     def check(self, situation: Situation) -> None:
         """Refuses what cannot work in this situation, before anything is computed.
@@ -134,6 +146,14 @@ class Refusal:
 
     applies: Callable[[Recipe, Situation], bool]
     reason: Callable[[Recipe, Situation], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One combination that is allowed and worth a word."""
+
+    applies: Callable[[Recipe], bool]
+    text: Callable[[Recipe], str]
 
 
 # PEFT options that change what lora_B @ lora_A means, or who owns the factors, and what may stand there.
@@ -176,6 +196,44 @@ def _refused_options(situation: Situation) -> list[str]:
     return told
 
 
+def _apart(first: Collection[str], second: Collection[str], why: str) -> Refusal:
+    """Methods of two groups that never go together."""
+
+    def named(recipe: Recipe, group: Collection[str]) -> list[str]:
+        return [method_id for method_id in recipe.ids if method_id in group]
+
+    return Refusal(
+        lambda recipe, _: bool(named(recipe, first) and named(recipe, second)),
+        lambda recipe, _: (
+            f"method: {' and '.join([*named(recipe, first), *named(recipe, second)])} do not go together: {why}; "
+            "keep one of them"
+        ),
+    )
+
+
+def _moved_start(recipe: Recipe) -> bool:
+    """Whether a start is subtracted again, beside the adapter or from the base."""
+    return recipe.initialize.offset_place != "none"
+
+
+def _writes_base(recipe: Recipe) -> bool:
+    return recipe.initialize.offset_place == "base"
+
+
+def _unready_engine(recipe: Recipe, situation: Situation) -> str:
+    """The engine that a method of the recipe cannot train under, in words; empty if it can."""
+    if situation.fsdp and (recipe.optimize or {"ab-lora", "beamlora"} & set(recipe.ids)):
+        return "FSDP"
+    stage = situation.deepspeed
+    perturbs = {"ggpo", "mgpo"} & set(recipe.ids)
+    if stage is not None and (recipe.optimize or _NO_DEEPSPEED & set(recipe.ids) or (perturbs and stage >= 2)):
+        return f"DeepSpeed ZeRO-{stage}"
+    return ""
+
+
+_PAIR_OPTIMIZERS = ("lora-pro", "lora-rite")
+_NO_DEEPSPEED = frozenset({"sora", "ab-lora", "beamlora", "xgblora"})
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         lambda recipe, _: not recipe.methods,
@@ -198,6 +256,63 @@ REFUSALS: tuple[Refusal, ...] = (
             for slot, ids in _colliding(recipe).items()
         ),
     ),
+    _apart(
+        _PAIR_OPTIMIZERS,
+        ("sora", "beamlora"),
+        "the optimizer's algebra takes the update for scaling * lora_B @ lora_A, and a gate stands between the two",
+    ),
+    _apart(
+        _PAIR_OPTIMIZERS,
+        ("xgblora",),
+        "each round throws the optimizer's state away, and pairs of rank 1 leave it nothing to do",
+    ),
+    _apart(
+        _PAIR_OPTIMIZERS,
+        ("ab-lora",),
+        "a rank that is switched on again empties its moments, which a pair optimizer does not keep rank by rank",
+    ),
+    _apart(
+        ("gora", "lora-ga"),
+        ("xgblora",),
+        "every round draws a fresh booster, so that a start computed from gradients would last one round",
+    ),
+    _apart(
+        ("lora-ga",),
+        ("ab-lora",),
+        "ranks are switched on from a Kaiming start, and pruning breaks the cancellation against lora-ga's own start",
+    ),
+    Refusal(
+        lambda recipe, _: "lora-ga" in recipe.ids and _moved_start(recipe) and _has(recipe, "sora", "beamlora"),
+        lambda recipe, _: (
+            f"method: lora-ga's start is subtracted again (lora-ga.offset: {recipe.initialize.offset_place}), and "
+            f"{_others(recipe, 'lora-ga')} prunes ranks, which breaks the cancellation; keep one of them"
+        ),
+    ),
+    _apart(
+        ("gora",),
+        ("ab-lora", "beamlora"),
+        "both decide the ranks, one before training and one in it",
+    ),
+    Refusal(
+        lambda recipe, _: {"gora", "sora"} <= set(recipe.ids) and not getattr(recipe.schedule, "plan_as_caps", False),
+        lambda *_: (
+            "method: gora and sora both decide the ranks; gora's can only be the caps that sora prunes from: set "
+            "sora.plan_as_caps: true for that, or keep one of them"
+        ),
+    ),
+    Refusal(
+        lambda recipe, _: "beamlora" in recipe.ids and recipe.scale.id not in ("lora", "gora", "beamlora"),
+        lambda recipe, _: (
+            f"method: beamlora runs with the scaling alpha / rank, and {recipe.scale.id} changes it; keep one of them"
+        ),
+    ),
+    Refusal(
+        lambda recipe, situation: "lora-rite" in recipe.ids and situation.learning_rate_ratio != 1,
+        lambda _, situation: (
+            f"loraplus_lr_ratio: {situation.learning_rate_ratio:g}: lora-rite moves lora_A and lora_B by one rate, or "
+            "its invariance is lost; use 1"
+        ),
+    ),
     Refusal(
         lambda _, situation: bool(_refused_options(situation)),
         lambda recipe, situation: f"{_together(recipe)} cannot run with " + "; ".join(_refused_options(situation)),
@@ -216,59 +331,82 @@ REFUSALS: tuple[Refusal, ...] = (
             "load it without offloading, or use lora or rora"
         ),
     ),
+    Refusal(
+        lambda recipe, situation: _writes_base(recipe) and bool(_unwritable(situation)),
+        lambda recipe, situation: (
+            f"{recipe.initialize.id}.offset: base writes the base weights, which {_unwritable(situation)}; use "
+            "offset: adapter, which leaves them alone"
+        ),
+    ),
+    Refusal(
+        lambda recipe, situation: bool(_unready_engine(recipe, situation)),
+        lambda recipe, situation: (
+            f"{_together(recipe)} cannot train under {_unready_engine(recipe, situation)}, which "
+            f"{_engine_reason(recipe)}; start it with torchrun or accelerate launch without that engine (DDP), "
+            f"{'' if _has(recipe, 'ab-lora', 'beamlora') else 'shard it by fully_shard in a loop of your own, '}or use "
+            "lora, gora or rora, which bring no optimizer and no schedule of their own"
+        ),
+    ),
 )
-"""Every refused combination that this version can meet; a method that arrives adds its lines here."""
+"""Every refused combination of methods, and of a recipe with where it runs; a method that arrives adds its lines here.
+
+What is refused whatever the recipe stands where the fact is known: budgets below one rank a layer and ranks above a
+layer's size in `ranks`, wrapped models in `adapters.refusals`, sums that do not fit in `calibration.memory`, what the
+reader of an export cannot load in `export.consumers`.
+"""
+
+REMARKS: tuple[Remark, ...] = (
+    Remark(
+        lambda recipe: recipe.optimize is not None and _has(recipe, "ggpo", "mgpo"),
+        lambda recipe: (
+            f"{_together(recipe)}: the perturbation was published with AdamW; nobody has measured it over "
+            f"{_mover(recipe)}'s steps"
+        ),
+    ),
+    Remark(
+        lambda recipe: _mover(recipe) == "lora-pro" and recipe.scale.scaling_rule().rank_stabilized,
+        lambda recipe: (
+            f"{_together(recipe)}: the scaling {recipe.scale.scaling_rule()} changes the effective learning rate of "
+            "lora-pro's efficient mode: tune the rate again"
+        ),
+    ),
+    Remark(
+        lambda recipe: (
+            _has(recipe, "xgblora")
+            and getattr(recipe.schedule, "booster_rank", None) == 1
+            and recipe.scale.scaling_rule().rank_stabilized
+        ),
+        lambda recipe: (
+            f"{_together(recipe)}: boosters of rank 1 have the same scaling under alpha / rank and "
+            f"{recipe.scale.scaling_rule()}; {recipe.scale.id} changes nothing"
+        ),
+    ),
+)
+"""Combinations that run and deserve a word beside the plan."""
 
 
-def method_class(method_id: str) -> type[Method]:
-    """The class behind an id.
-
-    Raises:
-        RecipeError: if the id is reserved for a later version or unknown; the nearest name and all ids are told.
-    """
-    known = METHODS.get(method_id)
-    if known is not None:
-        return known
-    if method_id in RESERVED:
-        raise RecipeError(
-            f"method: {method_id} ({RESERVED[method_id]}) is not yet in this version; use one of {', '.join(METHODS)}"
-        )
-    plain = str(method_id).lower().replace("_", "-")
-    near = difflib.get_close_matches(plain, [*METHODS, *RESERVED], n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise RecipeError(f"method: {method_id!r} is not known{hint}; use one of {', '.join(METHODS)}")
+def _has(recipe: Recipe, *ids: str) -> bool:
+    return bool(set(ids) & set(recipe.ids))
 
 
-def method_from_id(method_id: str, settings: Mapping[str, object] | None = None, preset: str | None = None) -> Method:
-    """The method with a preset's settings, overridden by the user's.
-
-    Args:
-        method_id: an id of `METHODS`.
-        settings: keyword arguments of the method's dataclass.
-        preset: a name of the method's `presets`, or None.
-
-    Raises:
-        RecipeError: for an unknown or reserved id.
-        ConfigError: for an unknown preset, unknown settings (nearest names, all at once) or values out of range.
-    """
-    kind = method_class(method_id)
-    if preset is not None and preset not in kind.presets:
-        named = f"use one of {', '.join(kind.presets)}" if kind.presets else "it has none; leave preset out"
-        raise ConfigError(f"preset: {method_id} has no preset {preset!r}; {named}")
-    known = [entry.name for entry in fields(kind)]
-    given = dict(settings or {})
-    faults = [_unknown_setting(method_id, key, known) for key in given if key not in known]
-    if faults:
-        raise ConfigError(faults)
-    return kind(**{**(kind.presets[preset] if preset else {}), **given})
+def _mover(recipe: Recipe) -> str:
+    """Who moves the factors, by id."""
+    return "adamw" if recipe.optimize is None else recipe.optimize.id
 
 
-def _unknown_setting(method_id: str, key: str, known: Sequence[str]) -> str:
-    if not known:
-        return f"{method_id}.{key}: {method_id} has no settings of its own"
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"{method_id}.{key} is not a setting{hint}; use one of {', '.join(known)}"
+def _unwritable(situation: Situation) -> str:
+    """Why the base weights cannot be written; empty if they can."""
+    if situation.quantized:
+        return "are packed in 4 or 8 bits"
+    if situation.fsdp:
+        return "FSDP shards"
+    return "ZeRO-3 shards" if situation.deepspeed == 3 else ""
+
+
+def _engine_reason(recipe: Recipe) -> str:
+    if recipe.optimize is not None:
+        return f"takes the pairs of lora_A and lora_B apart that {recipe.optimize.id} moves together"
+    return "owns the gradients and the optimizer's state that the schedule reads and edits"
 
 
 def _others(recipe: Recipe, method_id: str) -> str:

@@ -50,7 +50,9 @@ class Schedule(Protocol):
         """Before the forward pass of step `step`."""
 
     def before_optimizer_step(self, step: int) -> None:
-        """After clipping; gradients may be read."""
+        """After clipping; gradients may be read, a loss scaler's factor taken out. Where it met infinities, they are
+        in the gradients, and the optimizer sits the step out.
+        """
 
     def after_step(self, step: int) -> None:
         """After the optimizer, before logging, evaluation and saving."""
@@ -58,11 +60,15 @@ class Schedule(Protocol):
     def end(self, step: int) -> None:
         """After the last step."""
 
+    def figures(self) -> dict[str, float]:
+        """Numbers of the last step for the log, named after the method's id; may wait for the device."""
+        ...
+
     def close(self) -> None:
-        """Takes every hook off the model."""
+        """Takes every hook off the model; called any number of times."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready values and tensors, in one flat mapping."""
+        """JSON-ready values and tensors, in one flat mapping; called in every process, process 0's is kept."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -234,8 +234,7 @@ class PairOptimizer(Optimizer):
         else:
             self._apply(layout, decided, blocks, present, hyper)
         for chunk in layout.chunks:
-            if not chunk.single:
-                chunk.tall = None  # stacked copies of factors and gradients live for the step only
+            chunk.let_go()
         layout.versions = [(pair.lora_A._version, pair.lora_B._version) for pair in layout.pairs]
         for stack, block in zip(layout.stacks, blocks, strict=True):
             for side in SIDES:

@@ -132,6 +132,13 @@ class Chunk:
         self.shape = own if self.single else (len(self.parameters), *own)
         self.dtype = computing_type(self.parameters[0])
 
+    def let_go(self) -> None:
+        """Stacked copies of factors, and gradients, live for the step only."""
+        if not self.single:
+            self.tall = None
+        elif self.tall is not None:
+            self.tall.grad = self.tall.factor
+
     def rows(self, tensor: Tensor) -> list[Tensor]:
         """One view a factor."""
         return [tensor] if self.single else list(tensor.unbind(0))

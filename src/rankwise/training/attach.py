@@ -2,85 +2,35 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.attach import AdaptedLayer, adapted_layers, attach_lora, write_factors
-from rankwise.adapters.fingerprint import architecture_fingerprint, check_finite_weights
+from rankwise.adapters.fingerprint import architecture_fingerprint, check_finite_weights, weights_fingerprint
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
 from rankwise.adapters.targets import resolve_targets
 from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.batches import Loss
-from rankwise.calibration.cache import load_statistics, save_statistics, statistics_fingerprint
-from rankwise.calibration.collect import OnBatch, collect
-from rankwise.calibration.processes import assert_equal_everywhere, decided_by_first
-from rankwise.calibration.statistics import CollectorKind, GradientStatistics, MemoryMode, StatisticsRequest
+from rankwise.calibration.processes import assert_equal_everywhere
+from rankwise.calibration.statistics import GradientStatistics, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError, PlanError, RecipeError
 from rankwise.methods.base import Budget, Factors, Method, Slot, Start
 from rankwise.methods.recipe import Recipe, Situation
 from rankwise.ranks.plan import ModelIdentity, RankPlan
 from rankwise.ranks.shapes import LayerShape, uniform_budget
+from rankwise.training.beside import kept_validation, make_schedule, put_offset
+from rankwise.training.calibrating import Calibration, calibration_notes, gathered, kept_calibration
 from rankwise.training.session import AdapterSettings, CalibrationSummary, Session
-from rankwise.training.trial import EVALUATION_BATCHES, TrialLoss, reread
+from rankwise.training.trial import TrialLoss, reread
 
 __all__ = ["Calibration", "Methods", "Patterns", "attach", "plan"]
 
 Methods = Method | str | Sequence[Method | str] | Recipe
 Patterns = str | Sequence[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The batches behind the gradient statistics, and how they are read.
-
-    Args:
-        batches: global batches, the same in every process; a one-shot iterator is read once and kept.
-        max_batches: at most so many are used, >= 1; None for all.
-        memory: where full gradients are held: `auto`, `exact`, `sampled` or `low`.
-        collector: how gradients are caught: `auto`, `outer` or `param`.
-        train_mode: whether dropout is active.
-        sample_share: the share of rows behind sampled importance, in (0, 1].
-        autocast_dtype: the autocast that training will use, or None.
-        token_weighted: weight batches by label tokens, as the loss over all of them would; otherwise a plain mean.
-        cache: a file that keeps the statistics for the next time, or None.
-        data_identity: what tells these batches from others, in the cache's fingerprint.
-        on_unused: `min` allows targets that some batch does not reach (experts, branches); the default is an error.
-        on_zero: `uniform` goes on with gradients that are all zero, the method deciding by equal importances; the
-            default is an error.
-        on_batch: called with the number of batches done and their total, if it is known.
-    """
-
-    batches: Iterable[Any]
-    max_batches: int | None = 64
-    memory: MemoryMode = "auto"
-    collector: CollectorKind = "auto"
-    train_mode: bool = False
-    sample_share: float = 0.25
-    autocast_dtype: torch.dtype | None = None
-    token_weighted: bool = True
-    cache: str | PathLike[str] | None = None
-    data_identity: str = ""
-    on_unused: Literal["error", "min"] = "error"
-    on_zero: Literal["error", "uniform"] = "error"
-    on_batch: OnBatch | None = None
-
-    def __post_init__(self) -> None:
-        faults = []
-        if self.max_batches is not None and self.max_batches < 1:
-            faults.append(f"calibration.max_batches is {self.max_batches}: it must be at least 1")
-        if not 0 < self.sample_share <= 1:
-            faults.append(f"calibration.sample_share is {self.sample_share}: it must be above 0 and at most 1")
-        for key, known in (("on_unused", ("error", "min")), ("on_zero", ("error", "uniform"))):
-            if getattr(self, key) not in known:
-                faults.append(f"calibration.{key} is {getattr(self, key)!r}: allowed are {' and '.join(known)}")
-        if faults:
-            raise ConfigError(faults)
 
 
 def plan(
@@ -119,10 +69,20 @@ def plan(
         ModelError: non-finite base weights.
     """
     job = _prepare(
-        model, methods, r, lora_alpha, target_modules, exclude_modules, modules_to_save, seed, _calibration(calibration)
+        model,
+        methods,
+        r,
+        lora_alpha,
+        target_modules,
+        exclude_modules,
+        modules_to_save,
+        seed,
+        kept_calibration(calibration),
     )
     job.require_calibration((job.recipe.allocate,))
-    return job.allocate(job.collect((job.recipe.allocate,), loss))
+    made = job.early_plan() or job.allocate(job.collect((job.recipe.allocate,), loss))
+    job.check_ranks(made)
+    return made
 
 
 def attach(
@@ -144,7 +104,8 @@ def attach(
 ) -> Session:
     """Puts an adapter on the model as the methods want it, and hands back the session that trains it.
 
-    The base weights are never written and the global random states stay as they are.
+    The base weights are written only where a method was told to (LoRA-GA's `offset: base`, undone by `close`), and the
+    global random states stay as they are.
 
     Args:
         model: the base model, without adapters.
@@ -172,12 +133,7 @@ def attach(
         CalibrationError: statistics that could not be taken.
         ModelError: non-finite base weights, or a model that is wrapped or already carries an adapter.
     """
-    if validation is not None:
-        raise ConfigError(
-            f"validation batches are for schedules that score, and {'+'.join(Recipe.of(methods).ids)} has none: "
-            "leave them out"
-        )
-    source = _calibration(calibration)
+    source = kept_calibration(calibration)
     if plan is None:
         job = _prepare(
             model, methods, r, lora_alpha, target_modules, exclude_modules, modules_to_save, seed or 0, source
@@ -186,43 +142,42 @@ def attach(
     else:
         job = _prepare_planned(model, methods, plan, seed, source)
         owners = (job.recipe.initialize,)
+    with random_states_restored():
+        scored = kept_validation(job.recipe, validation)
     job.require_calibration(owners)
+    early = job.early_plan()
+    if early is not None:
+        job.check_ranks(early)
     statistics = job.collect(owners, loss)
-    final = job.allocate(statistics) if job.given is None else job.given
+    final = job.allocate(statistics) if early is None else early
+    job.check_ranks(final)
     settings = AdapterSettings(
         lora_dropout=lora_dropout, modules_to_save=tuple(modules_to_save or ()), task_type=task_type
     )
+    # Hashed before anything can write it, where the start is subtracted from the base itself.
+    untouched = weights_fingerprint(model) if job.recipe.initialize.offset_place == "base" else None
     with random_states_restored():
         peft_model = attach_lora(model, final, **settings.arguments())
         layers = adapted_layers(peft_model, settings.adapter_name)
-        _write_start(peft_model, layers, job, final, statistics, loss)
+        told = _write_start(peft_model, layers, job, final, statistics, loss)
     assert_equal_everywhere(_hash(final, layers), "the plan and the factors at step 0")
+    offset = put_offset(peft_model, layers, job.recipe)
+    with random_states_restored():
+        schedule = make_schedule(
+            job.recipe, peft_model, layers, final.seed, offset=offset, validation=scored, loss=loss
+        )
     return Session(
         peft_model,
         final,
         job.recipe,
         final.seed,
         settings=settings,
+        offset=offset,
+        schedule=schedule,
         calibration=None if statistics is None else CalibrationSummary.of(statistics),
-        notes=() if statistics is None or source is None else _calibration_notes(model, source, statistics),
+        notes=(*(calibration_notes(model, source, statistics) if statistics and source else ()), *told),
+        base_weights=untouched,
     )
-
-
-def _calibration_notes(model: nn.Module, source: Calibration, statistics: GradientStatistics) -> tuple[str, ...]:
-    """What the user should know of the statistics behind the start."""
-    told: tuple[str, ...] = ()
-    if statistics.skipped:
-        told += (
-            f"calibration skipped {statistics.skipped} of {statistics.batches + statistics.skipped} batches whose loss "
-            "or gradient was not finite: look at the data, or calibrate in a wider dtype",
-        )
-    dropping = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n]
-    if dropping and not source.train_mode:
-        told += (
-            f"calibration ran without the base model's dropout ({len(dropping)} modules, first {dropping[0]!r}), with "
-            "which training runs: set train_mode=True to calibrate as training computes",
-        )
-    return told
 
 
 @dataclass(frozen=True)
@@ -262,7 +217,18 @@ class _Job:
         if request is None or self.calibration is None:
             return None
         with random_states_restored():
-            return _collect(self, self.calibration, request, loss)
+            return gathered(self.model, self.layers, self.calibration, request, seed=self.seed, loss=loss)
+
+    def early_plan(self) -> RankPlan | None:
+        """The plan, if it is known before calibration: a given one, or that of an allocator that asks for nothing."""
+        if self.given is not None:
+            return self.given
+        return self.allocate(None) if self.request((self.recipe.allocate,)) is None else None
+
+    def check_ranks(self, final: RankPlan) -> None:
+        ranks = final.ranks
+        live = [shape for shape in self.shapes if ranks[shape.name] > 0]
+        self.recipe.initialize.check_ranks(live, [ranks[shape.name] for shape in live])
 
     def allocate(self, statistics: GradientStatistics | None) -> RankPlan:
         allocation = self.recipe.allocate.allocate(self.shapes, self.budget, statistics)
@@ -333,14 +299,15 @@ def _prepare_planned(
     check_finite_weights(live, model)
     _check_scaling(recipe, given)
     notes = given.notes
+    budget = Budget(r=given.r, lora_alpha=given.lora_alpha, parameters=given.budget)
     if given.methods != recipe.ids:
         notes = (
             *notes,
             f"ranks and the scaling rule {given.scaling_rule} from a plan of {'+'.join(given.methods)}, "
             f"start from {'+'.join(recipe.ids)}",
         )
+        notes += tuple(note for note in recipe.notes(given.ranks, budget) if note not in notes)
     used = replace(given, methods=recipe.ids, seed=given.seed if seed is None else seed, model=identity, notes=notes)
-    budget = Budget(r=given.r, lora_alpha=given.lora_alpha, parameters=given.budget)
     return _Job(model, recipe, live, budget, used.seed, identity, (), calibration, given=used)
 
 
@@ -374,48 +341,6 @@ def _situation(layers: Sequence[LinearLayer], calibration: Calibration | None) -
     )
 
 
-def _calibration(given: Calibration | Iterable[Any] | None) -> Calibration | None:
-    """Batches as a Calibration whose batches can be read again: one-shot iterators are kept, loaders are read once."""
-    if given is None:
-        return None
-    found = given if isinstance(given, Calibration) else Calibration(batches=given)
-    if isinstance(found.batches, list | tuple):
-        return found
-    limit = None if found.max_batches is None else found.max_batches + EVALUATION_BATCHES
-    with random_states_restored():
-        return replace(found, batches=list(islice(found.batches, limit)))
-
-
-def _collect(job: _Job, calibration: Calibration, request: StatisticsRequest, loss: Loss | None) -> GradientStatistics:
-    """Statistics from the cache, if it answers exactly this question, else from a pass over the batches."""
-    c = calibration
-    shared: dict[str, Any] = {
-        "memory": c.memory,
-        "max_batches": c.max_batches,
-        "token_weighted": c.token_weighted,
-        "train_mode": c.train_mode,
-        "sample_share": c.sample_share,
-        "seed": job.seed,
-        "autocast_dtype": c.autocast_dtype,
-        "loss": loss,
-        "on_unused": c.on_unused,
-        "on_zero": c.on_zero,
-    }
-    batches = list(c.batches)
-    if c.cache is None:
-        return collect(job.model, job.layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
-    fingerprint = statistics_fingerprint(
-        job.model, job.layers, batches, request, data_identity=c.data_identity, **shared
-    )
-    # Process 0's file decides for all: on several machines the others may not see it, and half of them would wait.
-    path = c.cache
-    found = decided_by_first(lambda: load_statistics(path, fingerprint))
-    if found is None:
-        found = collect(job.model, job.layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
-        save_statistics(c.cache, found, fingerprint)
-    return found
-
-
 def _write_start(
     model: nn.Module,
     layers: Mapping[str, AdaptedLayer],
@@ -423,8 +348,8 @@ def _write_start(
     final: RankPlan,
     statistics: GradientStatistics | None,
     loss: Loss | None,
-) -> None:
-    """Factors at step 0: the initializer's, then what it refines by evaluating a few calibration batches."""
+) -> tuple[str, ...]:
+    """Factors at step 0: the initializer's, then what it refines by evaluating a few calibration batches; its notes."""
     method = job.recipe.initialize
     start: dict[str, Factors] = {}
     for name, layer in layers.items():
@@ -440,8 +365,9 @@ def _write_start(
             )
         )
         write_factors(layer, start[name].lora_A, start[name].lora_B)
+    told = method.start_notes(statistics, start, final.seed)
     if type(method).refine is Method.refine or job.calibration is None:
-        return
+        return told
     source = job.calibration
     trial = TrialLoss(
         model,
@@ -452,6 +378,7 @@ def _write_start(
     )
     for name, factors in (method.refine(start, trial) or {}).items():
         write_factors(layers[name], factors.lora_A, factors.lora_B)
+    return told
 
 
 def _rounding(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

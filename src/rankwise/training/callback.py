@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.calibration.processes import all_reduce_sum, process_index, world_size
 from rankwise.errors import CheckpointError, ConfigError, TrainingInterrupted
+from rankwise.training.engines import situation_of_arguments
 from rankwise.training.marker import rotate
 from rankwise.training.session import Session
 from rankwise.training.signals import StopRequest
@@ -32,7 +33,8 @@ class TrainingEvent:
         step: optimizer steps made so far.
         max_steps: optimizer steps of the whole run.
         epoch: epochs made so far.
-        values: what Trainer logged (`loss`, `grad_norm`, `learning_rate`, `eval_loss`, ...).
+        values: what Trainer logged (`loss`, `grad_norm`, `learning_rate`, `eval_loss`, ...), and with a loss the
+            schedule's figures.
         folder: the checkpoint of a "save" event.
     """
 
@@ -78,6 +80,7 @@ class SessionCallback(TrainerCallback):
     ) -> None:
         """Wiring and guard; from here on a signal waits for the end of the step."""
         self._check_wiring(args, state, kwargs.get("model"))
+        self._tell_of_clipping(args)
         args.logging_nan_inf_filter = False
         if args.save_total_limit is not None:
             self._keep = max(1, args.save_total_limit)
@@ -130,8 +133,10 @@ class SessionCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The guard's look at losses and counters."""
+        """The guard's look at losses and counters; the schedule's figures go along to the listeners."""
         values = dict(logs or {})
+        if "loss" in values:
+            values |= self.session.figures()
         self._send("log", state, values=values)
         self.session.logged(state.global_step, values)
 
@@ -193,11 +198,21 @@ class SessionCallback(TrainerCallback):
             )
         if faults:
             raise ConfigError(faults)
+        self.session.recipe.check(situation_of_arguments(args))
         if state.global_step != self.session.step:
             raise CheckpointError(
                 f"the session is at step {self.session.step} and Trainer starts from step {state.global_step}: call "
                 "session = rw.resume(model, checkpoint) and trainer.train(resume_from_checkpoint=checkpoint) with one "
                 "checkpoint, or neither"
+            )
+
+    def _tell_of_clipping(self, args: TrainingArguments) -> None:
+        """Trainer clips the factors' own gradients, which depend on how the update is split between them."""
+        method = self.session.recipe.unclipped
+        if method is not None and args.max_grad_norm and args.max_grad_norm > 0:
+            self.session.remark(
+                f"max_grad_norm is {args.max_grad_norm:g}, and {method.id} clips by itself what does not depend on the "
+                "factors' scale: set max_grad_norm=0, or the steps depend on how the update is split between them"
             )
 
     def _stop_agreed(self, step: int) -> bool:

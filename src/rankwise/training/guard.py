@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
+from rankwise.adapters.state import FactorPair
 from rankwise.calibration.processes import process_index
 from rankwise.errors import ConfigError, HealthError
-from rankwise.linalg.factors import product_norm
+from rankwise.linalg.factors import product_norm, stack
 from rankwise.training.gradients import GradientFilter, local
 
 __all__ = ["Guard", "HealthCheck", "HealthStatus"]
@@ -33,6 +34,8 @@ Figure = float | int | str | None
 SKIPPED_SHARE: Final = 0.1
 """The share of its steps that a pair may sit out for non-finite gradients (one step is always forgiven)."""
 _NAMES_SHOWN: Final = 3
+_ROUNDING: Final = 1e-12
+"""What float64 leaves of the difference of two equal products, relative to one of them."""
 _EXPERT: Final = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _LAYER_DROP: Final = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
@@ -68,6 +71,7 @@ class Guard:
         model: the attached model.
         calibrated: calibration batches in which every layer was seen to have a gradient; 0 if there were none.
         unreached: layers that calibration was allowed to miss; the first step may miss them too.
+        offsets: by layer, the start that is subtracted again: a layer that stayed there holds no update.
     """
 
     def __init__(
@@ -77,8 +81,10 @@ class Guard:
         *,
         calibrated: int = 0,
         unreached: Collection[str] = (),
+        offsets: Mapping[str, FactorPair] | None = None,
     ) -> None:
         self._layers = layers
+        self._offsets = offsets or {}
         self._unreached = frozenset(unreached)
         self._model = model
         self._checks: dict[str, HealthCheck] = {}
@@ -357,7 +363,7 @@ class Guard:
         exercised = self.gradients.exercised()
         due = [name for name in self._layers if exercised[name]]
         idle = [name for name in self._layers if not exercised[name]]
-        norms = {name: _update_norm(self._layers[name]) for name in due}
+        norms = {name: _update_norm(self._layers[name], self._offsets.get(name)) for name in due}
         empty = [name for name, norm in norms.items() if not norm > 0 or not math.isfinite(norm)]
         nothing = self.gradients.steps > 0 and not due
         failed = bool(empty) or nothing
@@ -432,11 +438,16 @@ def _copy(parameter: Tensor) -> Tensor:
     return local(parameter.detach()).to("cpu", copy=True)
 
 
-def _update_norm(layer: AdaptedLayer) -> float:
+def _update_norm(layer: AdaptedLayer, offset: FactorPair | None) -> float:
+    """||s B A||, or ||s (B A - B0 A0)|| with an offset, where what rounding leaves of a start that stayed is 0."""
     lora_A, lora_B = (
         (p.full_tensor() if isinstance(p, DTensor) else p).detach().float() for p in (layer.lora_A, layer.lora_B)
     )
-    return abs(layer.scaling) * product_norm(lora_A, lora_B)
+    if offset is None:
+        return abs(layer.scaling) * product_norm(lora_A, lora_B)
+    start = (offset.lora_A.to(lora_A), offset.lora_B.to(lora_B))
+    norm = product_norm(*stack([(lora_A.double(), lora_B.double(), 1.0), (*start, -1.0)]))
+    return abs(layer.scaling) * norm if norm > _ROUNDING * product_norm(*start) else 0.0
 
 
 def _configurations(model: nn.Module) -> Iterator[object]:

@@ -1,27 +1,49 @@
-"""AdamW and its learning-rate schedule as Trainer would build them, over the adapter's own parameter groups.
+"""The optimizer and learning-rate schedule of a run: AdamW as Trainer would build it, or the recipe's own over pairs.
 
 `Trainer(optimizers=(optimizer, None))` ignores the weight decay of its arguments and gives one schedule to all groups,
-so both are built here.
+so both are built here. A recipe's own optimizer gets lora_A and lora_B in pairs, with their scalings; whatever else is
+trained stands beside them as plain parameters, which it moves as AdamW would.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Final
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
+from rankwise.adapters.attach import AdaptedLayer
+from rankwise.calibration.memory import free_memory
 from rankwise.errors import ConfigError
+from rankwise.methods.base import Method
 
-__all__ = ["adamw_and_scheduler", "parameter_groups", "unwrapped"]
+__all__ = [
+    "adamw_and_scheduler",
+    "adamw_settings_unused",
+    "optimizer_kind",
+    "own_and_scheduler",
+    "pair_groups",
+    "parameter_groups",
+    "refuse_large_state",
+    "state_in_words",
+    "unwrapped",
+]
 
 _NO_DECAY: Final = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Trainer's own patterns (transformers 5.23, `get_decay_parameter_names`)."""
 
 _ADAMW_NAMES: Final = ("adamw_torch", "adamw_torch_fused")
 _FUSED_DEVICES: Final = ("cpu", "cuda", "xpu", "mps")
+_ADAM: Final = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+"""Trainer's own defaults."""
+_OWN_NAMES: Final = {"adam_beta1": ("beta1", "betas"), "adam_beta2": ("beta2", "betas"), "adam_epsilon": ("eps",)}
+"""What a method may call its own."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -49,9 +71,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [groups[key] for key in sorted(groups)]
 
 
-def adamw_and_scheduler(
-    model: nn.Module, args: object, num_training_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def adamw_and_scheduler(model: nn.Module, args: object, num_training_steps: int) -> tuple[Optimizer, LRScheduler]:
     """AdamW over the adapter with the schedule that `args` asks for.
 
     Args:
@@ -73,29 +93,167 @@ def adamw_and_scheduler(
     optimizer = torch.optim.AdamW(
         groups,
         lr=float(args.learning_rate),  # type: ignore[attr-defined]
-        betas=(float(getattr(args, "adam_beta1", 0.9)), float(getattr(args, "adam_beta2", 0.999))),
-        eps=float(getattr(args, "adam_epsilon", 1e-8)),
+        betas=_betas(args),
+        eps=float(getattr(args, "adam_epsilon", _ADAM["adam_epsilon"])),
         fused=True if devices <= set(_FUSED_DEVICES) else None,
     )
-    scheduler = get_scheduler(
+    return optimizer, _scheduler(optimizer, args, num_training_steps)
+
+
+def own_and_scheduler(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], args: object, num_training_steps: int, method: Method
+) -> tuple[Optimizer, LRScheduler]:
+    """The optimizer that `method` brings, over the pairs of all layers, with the schedule that `args` asks for.
+
+    Args:
+        model: the attached model.
+        layers: its adapted layers.
+        args: as in `adamw_and_scheduler`; `adam_beta1`, `adam_beta2` and `adam_epsilon` hold for plain parameters, and
+            for the pairs where the method has no setting of that name.
+        num_training_steps: optimizer steps of the whole run, >= 1.
+        method: fills the optimize slot.
+
+    Returns:
+        The optimizer and its scheduler, one learning-rate factor for all groups.
+
+    Raises:
+        ConfigError: as in `adamw_and_scheduler`, or nothing of the adapter is trainable.
+    """
+    _check(args, num_training_steps, method)
+    groups = pair_groups(model, layers, args, method)
+    optimizer = method.make_optimizer(groups, lr=float(args.learning_rate))  # type: ignore[attr-defined]
+    return optimizer, _scheduler(optimizer, args, num_training_steps)
+
+
+def pair_groups(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], args: object, method: Method
+) -> list[dict[str, Any]]:
+    """Groups as `Method.make_optimizer` takes them: the pairs, then whatever else is trained.
+
+    Args:
+        model: the attached model.
+        layers: its adapted layers; one whose two factors are frozen is left out.
+        args: see `own_and_scheduler`.
+        method: whose own betas are not overridden.
+    """
+    decay = float(getattr(args, "weight_decay", 0.0))
+    live = [layer for layer in layers.values() if layer.lora_A.requires_grad or layer.lora_B.requires_grad]
+    if not live:
+        raise ConfigError("the adapter has no trainable pair: attach an adapter before building its optimizer")
+    factors = [factor for layer in live for factor in (layer.lora_A, layer.lora_B)]
+    pairs = {
+        "kind": "lora_pair",
+        "name": "adapter",
+        "names": [layer.name for layer in live],
+        "params": factors,
+        "scaling": [layer.scaling for layer in live],
+        "weight_decay": decay,
+        **({} if _own_setting(method, "adam_beta1") else {"betas": _betas(args)}),
+    }
+    held = {id(factor) for factor in factors}
+    plain = {
+        "kind": "plain",
+        "betas": _betas(args),
+        "eps": float(getattr(args, "adam_epsilon", _ADAM["adam_epsilon"])),
+    }
+    others = []
+    for group in parameter_groups(model, decay):
+        rest = [parameter for parameter in group["params"] if id(parameter) not in held]
+        if rest:
+            others.append({**group, **plain, "params": rest})
+    return [pairs, *others]
+
+
+def adamw_settings_unused(args: object, method: Method) -> tuple[str, ...]:
+    """AdamW settings of `args` that were changed, and that the pairs do not follow, because the method has its own."""
+    changed = [key for key, usual in _ADAM.items() if float(getattr(args, key, usual)) != usual]
+    return tuple(
+        f"{key} is {getattr(args, key):g}, and {method.id} moves the pairs by its own {method.id}.{own}"
+        for key in changed
+        if (own := _own_setting(method, key))
+    )
+
+
+def refuse_large_state(method: Method, layers: Mapping[str, AdaptedLayer]) -> int | None:
+    """Passes if the optimizer's state fits in the free memory of the devices that its factors are on.
+
+    Returns:
+        The bytes over all devices; None if the method keeps no more than AdamW.
+
+    Raises:
+        ConfigError: it does not fit; the figures, and what to set instead.
+    """
+    by_device: dict[torch.device, list[AdaptedLayer]] = {}
+    for layer in layers.values():
+        by_device.setdefault(layer.lora_A.device, []).append(layer)
+    total: int | None = None
+    for device, group in by_device.items():
+        needed = method.state_bytes({layer.base.shape: layer.rank for layer in group})
+        if needed is None:
+            continue
+        total = (total or 0) + needed
+        free = free_memory(device) if device.type in ("cpu", "cuda") else needed  # others cannot say
+        if needed > free:
+            raise ConfigError(
+                f"{method.id}'s optimizer state takes {needed / 1e9:,.1f} GB for {len(group)} layers, and "
+                f"{free / 1e9:,.1f} GB are free on {device}: "
+                + (f"set {method.leaner}" if method.leaner else "adapt fewer layers, or use a larger device")
+            )
+    return total
+
+
+def state_in_words(method: Method, size: int) -> str:
+    """What the optimizer's state takes, for a note."""
+    figure = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.3g} MB"
+    return f"{method.id} keeps {figure} of optimizer state"
+
+
+def optimizer_kind(method: Method) -> type[Optimizer]:
+    """The class of the optimizer that the method brings."""
+    lora_A, lora_B = (nn.Parameter(torch.zeros(1, 1)) for _ in range(2))
+    group = {"kind": "lora_pair", "params": [lora_A, lora_B], "scaling": [1.0], "weight_decay": 0.0}
+    return type(method.make_optimizer([group], lr=1.0))
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper (or itself).
+
+    Raises:
+        ConfigError: there is none inside, as under an engine that steps by itself.
+    """
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"{type(optimizer).__name__} is not a torch optimizer, so that no step can be watched: train with "
+            "session.optimizers(args, num_training_steps), without an engine that owns the optimizer"
+        )
+    return optimizer
+
+
+def _own_setting(method: Method, key: str) -> str | None:
+    """The method's own setting in place of an AdamW setting of TrainingArguments; None if it has none."""
+    settings = [entry.name for entry in fields(method)]
+    return next((name for name in _OWN_NAMES[key] if name in settings), None)
+
+
+def _betas(args: object) -> tuple[float, float]:
+    first, second = (float(getattr(args, key, _ADAM[key])) for key in ("adam_beta1", "adam_beta2"))
+    return first, second
+
+
+def _scheduler(optimizer: Optimizer, args: object, num_training_steps: int) -> LRScheduler:
+    made: LRScheduler = get_scheduler(
         getattr(args, "lr_scheduler_type", "linear"),
         optimizer=optimizer,
         num_warmup_steps=_warmup_steps(args, num_training_steps),
         num_training_steps=num_training_steps,
         scheduler_specific_kwargs=getattr(args, "lr_scheduler_kwargs", None),
     )
-    return optimizer, scheduler
+    return made
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper (or itself)."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    assert isinstance(optimizer, torch.optim.Optimizer), f"{type(optimizer).__name__} is not a torch optimizer"
-    return optimizer
-
-
-def _check(args: object, num_training_steps: int) -> None:
+def _check(args: object, num_training_steps: int, method: Method | None = None) -> None:
     faults = []
     rate = getattr(args, "learning_rate", None)
     if not isinstance(rate, int | float) or not 0 < rate < math.inf:
@@ -107,10 +265,16 @@ def _check(args: object, num_training_steps: int) -> None:
     optim = str(getattr(args, "optim", _ADAMW_NAMES[0]))
     optim = optim.rpartition(".")[2].lower()
     if optim not in _ADAMW_NAMES:
-        faults.append(
-            f"optim is {optim!r}: session.optimizers builds {' or '.join(_ADAMW_NAMES)}; for another optimizer let "
-            "Trainer build it (leave `optimizers=` out), which plain LoRA, RoRA and GoRA allow"
+        instead = (
+            f"{' or '.join(_ADAMW_NAMES)}; for another optimizer let Trainer build it (leave `optimizers=` out), which "
+            "every method without an optimizer of its own allows"
+            if method is None
+            else f"{method.id}'s own optimizer; leave optim at {_ADAMW_NAMES[0]}"
         )
+        faults.append(f"optim is {optim!r}: session.optimizers builds {instead}")
+    ratio = getattr(args, "loraplus_lr_ratio", None) or 1.0
+    if ratio != 1:
+        faults.append(f"loraplus_lr_ratio is {ratio!r}: both factors of a layer train at one rate here; leave it out")
     decay = getattr(args, "weight_decay", 0.0)
     if not 0 <= decay < math.inf:
         faults.append(f"weight_decay is {decay!r}: it must be a number >= 0")

@@ -1,7 +1,8 @@
 """One adapter in training: the model, its plan, and everything that must happen around its steps."""
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,17 +13,29 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.adapters.attach import AdaptedLayer, adapted_layers
 from rankwise.adapters.fingerprint import weights_fingerprint
+from rankwise.adapters.offset import LiveOffset
 from rankwise.adapters.state import FoldState
 from rankwise.calibration.processes import broadcast_object, process_index, world_size
 from rankwise.calibration.statistics import GradientStatistics
-from rankwise.errors import VerificationError
-from rankwise.methods.recipe import Recipe
+from rankwise.errors import ConfigError, VerificationError
+from rankwise.methods.base import Method
+from rankwise.methods.recipe import Recipe, Situation
 from rankwise.methods.schedule import Schedule
 from rankwise.ranks.plan import RankPlan
+from rankwise.training.engines import situation_of_arguments, situation_of_optimizer
 from rankwise.training.guard import Guard, HealthCheck
-from rankwise.training.optimizers import adamw_and_scheduler, unwrapped
+from rankwise.training.optimizers import (
+    adamw_and_scheduler,
+    adamw_settings_unused,
+    optimizer_kind,
+    own_and_scheduler,
+    refuse_large_state,
+    state_in_words,
+    unwrapped,
+)
 from rankwise.training.precision import KeptPrecision
 from rankwise.training.sample import Sample
+from rankwise.training.scaler import take_out_scale
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,10 +96,12 @@ class Session:
         recipe: the methods behind it.
         seed: the run's seed.
         settings: dropout, saved modules, task type.
-        schedules: what acts around steps.
+        offset: the start that is subtracted again, in place; the session takes it off in `close`.
+        schedule: what acts around steps; the session closes it.
         calibration: figures of the gradient statistics, if any were taken.
         step: optimizer steps already made (a resumed run).
         notes: remarks worth showing.
+        base_weights: the fingerprint of the base weights, if it is known; it must be where the offset moved them.
     """
 
     def __init__(
@@ -97,33 +112,41 @@ class Session:
         seed: int,
         *,
         settings: AdapterSettings | None = None,
-        schedules: Sequence[Schedule] = (),
+        offset: LiveOffset | None = None,
+        schedule: Schedule | None = None,
         calibration: CalibrationSummary | None = None,
         step: int = 0,
         notes: Sequence[str] = (),
+        base_weights: str | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
         self.recipe = recipe
         self.seed = seed
         self.settings = settings or AdapterSettings()
-        self.schedules = tuple(schedules)
+        self.offset = offset
+        self.schedule = schedule
         self.calibration = calibration
         self.step = step
         self.notes = tuple(notes)
+        self.on_remark: Callable[[str], None] = _warn
+        """What is told of something that only shows once training is set up; by default a Python warning."""
         self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
         self.health = Guard(
             self.layers,
             model,
             calibrated=calibration.batches if calibration else 0,
             unreached=calibration.unreached if calibration else (),
+            offsets=self.fold_state.offsets,
         )
         self._precision = KeptPrecision(model)
         self._sample = Sample(model)
         self._planned_steps: int | None = None
         self._steps_seen = 0
         self._steps_before = 0
-        self._base_weights: str | None = None
+        self._base_weights = base_weights
+        self._scaler: Any = None
+        self._optimizer: Optimizer | None = None
         self._random_states: Mapping[str, Any] | None = None
         self._callbacks: list[SessionCallback] = []
 
@@ -136,24 +159,53 @@ class Session:
 
     @property
     def fold_state(self) -> FoldState:
-        """What export has to fold beside lora_A and lora_B; empty without a schedule."""
-        return FoldState()
+        """What export has to fold beside lora_A and lora_B; empty for most methods."""
+        return FoldState(offsets={} if self.offset is None else self.offset.pairs)
 
     def optimizers(self, args: object, num_training_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """AdamW over the adapter and its learning-rate schedule, as `Trainer(optimizers=...)` takes them.
+        """The run's optimizer and its learning-rate schedule, as `Trainer(optimizers=...)` takes them.
+
+        It is AdamW, or the recipe's own over the pairs of factors with whatever else is trained beside them.
 
         Args:
-            args: TrainingArguments or any object with `learning_rate` and the like; see `adamw_and_scheduler`.
+            args: TrainingArguments or any object with `learning_rate` and the like; see `adamw_and_scheduler` and
+                `own_and_scheduler`.
             num_training_steps: optimizer steps of the whole run.
 
         Raises:
-            ConfigError: a learning rate of 0, no steps, or an optimizer that is not AdamW.
+            ConfigError: a learning rate of 0, no steps, an optimizer that is not AdamW, AdamW settings that nothing
+                would follow, a state that does not fit in memory.
+            RecipeError: FSDP or an engine under which the recipe cannot train.
         """
         self.keep_precision()
-        built = adamw_and_scheduler(self.model, args, num_training_steps)
+        self.recipe.check(situation_of_arguments(args))
+        method = self.recipe.optimize
+        if method is None:
+            built = adamw_and_scheduler(self.model, args, num_training_steps)
+        else:
+            state = refuse_large_state(method, self.layers)
+            built = own_and_scheduler(self.model, self.layers, args, num_training_steps, method)
+            self._tell_of_own_optimizer(method, args, built[0], state)
         decays = str(getattr(args, "lr_scheduler_type", "linear")).rpartition(".")[2].lower()
         self._planned_steps = None if decays.startswith("constant") else num_training_steps
         return built
+
+    def _tell_of_own_optimizer(self, method: Method, args: object, optimizer: Optimizer, state: int | None) -> None:
+        """What of the arguments the pairs do not follow, and what the state will take."""
+        unused = adamw_settings_unused(args, method)
+        plain = any(group.get("kind") != "lora_pair" for group in optimizer.param_groups)
+        if unused and not plain:
+            raise ConfigError([f"{fault}: set that, and leave this at Trainer's default" for fault in unused])
+        for text in unused:
+            self.remark(f"{text}; it holds for modules_to_save alone")
+        if state is not None:
+            self.notes = (*self.notes, state_in_words(method, state))
+
+    def remark(self, text: str) -> None:
+        """Notes something and tells `on_remark` of it, once."""
+        if text not in self.notes:
+            self.notes = (*self.notes, text)
+            self.on_remark(text)
 
     def callback(
         self, *, on_event: "Listener | Sequence[Listener]" = (), stop: "StopRequest | None" = None
@@ -183,20 +235,44 @@ class Session:
             self.notes = (*self.notes, done)
 
     def begin(self, optimizer: Any, max_steps: int) -> None:
-        """Before the first step: the guard's checks, then every schedule; the optimizer may be wrapped.
+        """Before the first step: refusals, the guard's checks, then the schedule; the optimizer may be wrapped.
 
         Raises:
             ConfigError: the optimizer, its learning rate or the schedule does not fit the run.
+            RecipeError: an engine under which the recipe cannot train.
         """
         self.keep_precision()
         self._precision.forget()
+        self.recipe.check(situation_of_optimizer(optimizer))
+        self._refuse_sharded_offset()
         inner = unwrapped(optimizer)
-        self.health.gradients.protecting = getattr(optimizer, "scaler", None) is None
+        self._refuse_other_optimizer(inner)
+        self._scaler, self._optimizer = getattr(optimizer, "scaler", None), inner
+        self.health.gradients.protecting = self._scaler is None
         self.health.begin(inner, max_steps, self._planned_steps)
         self._sample.listen()
         self._steps_seen, self._steps_before = 0, self.health.gradients.steps
-        for schedule in self.schedules:
-            schedule.begin(inner, max_steps)
+        if self.schedule is not None:
+            self.schedule.begin(inner, max_steps)
+
+    def _refuse_sharded_offset(self) -> None:
+        """A base weight that the start was subtracted from and that was sharded since could not be given back."""
+        if self.offset is None or self.offset.place != "base":
+            return
+        if any(isinstance(layer.base.module.weight, DTensor) for layer in self.layers.values()):
+            self.recipe.check(Situation(fsdp=True))
+
+    def _refuse_other_optimizer(self, inner: Optimizer) -> None:
+        """A recipe that names an optimizer may not run under another one: the result would carry its name only."""
+        method = self.recipe.optimize
+        if method is None:
+            return
+        wanted = optimizer_kind(method)
+        if not isinstance(inner, wanted):
+            raise ConfigError(
+                f"the recipe's optimizer is {method.id}, but the trainer runs {type(inner).__name__}: pass it "
+                f"optimizers=session.optimizers(args, num_training_steps), or a {wanted.__name__} over session.model"
+            )
 
     def before_step(self, step: int) -> None:
         """Before the forward pass of step `step`, counted from 1."""
@@ -205,13 +281,14 @@ class Session:
 
             set_random_states(self._random_states)
             self._random_states = None
-        for schedule in self.schedules:
-            schedule.before_step(step)
+        if self.schedule is not None:
+            self.schedule.before_step(step)
 
     def before_optimizer_step(self, step: int) -> None:
         """After clipping, before the optimizer."""
-        for schedule in self.schedules:
-            schedule.before_optimizer_step(step)
+        if self.schedule is not None:
+            take_out_scale(self._scaler, self._optimizer)
+            self.schedule.before_optimizer_step(step)
 
     def after_step(self, step: int) -> None:
         """After the optimizer, before logging, evaluation and saving.
@@ -219,11 +296,15 @@ class Session:
         Raises:
             HealthError: after the first step at a learning rate above 0, if no gradient reached a layer.
         """
-        for schedule in self.schedules:
-            schedule.after_step(step)
+        if self.schedule is not None:
+            self.schedule.after_step(step)
         self.step = step
         self._steps_seen += 1
         self.health.stepped()
+
+    def figures(self) -> dict[str, float]:
+        """What the schedule has to say of the last step; waits for the device, so ask at logging steps."""
+        return {} if self.schedule is None else self.schedule.figures()
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """At a logging step: the guard looks at `loss` and `grad_norm` and at its counters.
@@ -234,21 +315,20 @@ class Session:
         self.health.logged(step, values)
 
     def end(self, step: int) -> None:
-        """After the last step: schedules finish, then the guard proves that something was trained.
+        """After the last step: the schedule finishes, then the guard proves that something was trained.
 
         Raises:
             HealthError: it was not.
         """
-        if self.schedules:
-            self._check_schedules()
-        for schedule in self.schedules:
-            schedule.end(step)
+        if self.schedule is not None:
+            self._check_schedule()
+            self.schedule.end(step)
         self.health.end(step)
 
-    def _check_schedules(self) -> None:
-        """A schedule that nobody called has silently left the ranks where they were."""
+    def _check_schedule(self) -> None:
+        """A schedule that nobody called has silently left the run as it was; a loss scaler may skip steps."""
         made = self.health.gradients.steps - self._steps_before
-        fired = self._steps_seen == made
+        fired = self._steps_seen >= made
         self.health.settle(
             HealthCheck(
                 id="schedule",
@@ -256,7 +336,7 @@ class Session:
                 status="passed" if fired else "failed",
                 measured=self._steps_seen,
                 limit=made,
-                message=f"the schedules were called around {self._steps_seen} of {made} optimizer steps",
+                message=f"the schedule was called around {self._steps_seen} of {made} optimizer steps",
                 advice="" if fired else "pass session.callback() to the trainer, or call before_step and after_step",
             )
         )
@@ -325,6 +405,10 @@ class Session:
             advice = "keep the checkpoint and report this: the written adapter would serve something else"
             self.health.record(replace(check, status="failed", message=str(error), advice=advice))
             raise
+        lost = report.compression
+        if lost is not None and lost.lossy:
+            loss = f"re-compressed to rank {lost.max_rank}, which discards {lost.total:.3g} of the update"
+            check = replace(check, message=f"the exported adapter equals the model {loss}")
         if report.logit_error is None:
             reason = "give batch= for that" if options["batch"] is None else "see the notes of the export"
             check = replace(check, message=f"{check.message}; logits were not compared ({reason})")
@@ -339,7 +423,8 @@ class Session:
         from rankwise.export.write import export_adapter
 
         def write() -> "ExportReport":
-            return export_adapter(self.model, folder, layout=layout, state=self.fold_state, plan=self.plan, **options)
+            given = {"state": self.fold_state, "offset": self.offset, "plan": self.plan, **options}
+            return export_adapter(self.model, folder, layout=layout, **given)
 
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         if world_size() == 1 or sharded:  # gathering what is sharded takes every process
@@ -358,8 +443,20 @@ class Session:
         return report
 
     def close(self) -> None:
-        """Removes every hook and signal handler that rankwise put in place; the adapter stays."""
+        """Undoes what rankwise put in place: hooks, signal handlers, the schedule, the offset; the adapter stays.
+
+        After it the base weights are as they were found, and an adapter whose start was subtracted (LoRA-GA) computes
+        its whole update: export before.
+        """
         self.health.gradients.remove()
         self._sample.close()
+        if self.schedule is not None:
+            self.schedule.close()
+        if self.offset is not None:
+            self.offset.close()
         for callback in self._callbacks:
             callback.close()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

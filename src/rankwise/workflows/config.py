@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 from rankwise.errors import ConfigError
 from rankwise.workflows.config_data import DataConfig
 from rankwise.workflows.config_faults import describe
-from rankwise.workflows.config_file import KeyPath, Source, read_config, read_overrides
+from rankwise.workflows.config_file import KeyPath, Source, nearest, read_config, read_overrides
 from rankwise.workflows.config_training import DEFAULTS, OWNED, RENAMED, training_schema
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = False
     data: DataConfig
     method: _Text | Annotated[list[_Text], Field(min_length=1)] = "gora"
-    preset: Literal["paper", "official"] | None = None
+    preset: _Text | None = None
     r: Annotated[int, Field(ge=1)] = 8
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -144,7 +144,7 @@ class RunConfig(BaseModel):
 
         fields: dict[str, Any] = {_field_name(name): (_settings_schema(METHODS[name]), ...) for name in value}
         sections = create_model("MethodSettings", **fields)
-        sections.model_validate({_field_name(name): section for name, section in value.items()})
+        sections.model_validate({_field_name(name): _with_tuples(section) for name, section in value.items()})
         return value
 
     @field_validator("training", mode="after")
@@ -152,7 +152,7 @@ class RunConfig(BaseModel):
     def _checked_training(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """The values by the installed TrainingArguments, over rankwise's defaults."""
         section = training_schema(info.data.get("task", "causal-lm")).model_validate(value)
-        return {**DEFAULTS, **section.model_dump(exclude_unset=True)}
+        return {**DEFAULTS, **_unclipped(info.data.get("method")), **section.model_dump(exclude_unset=True)}
 
     @model_validator(mode="after")
     def _fits_task(self) -> "RunConfig":
@@ -175,9 +175,9 @@ class RunConfig(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        """What the run file says, else the recommendation of the first method."""
+        """What the run file says, else the recommendation for these methods together."""
         said: float | None = self.training.get("learning_rate")
-        return build_recipe(self).methods[0].learning_rates[1] if said is None else said
+        return build_recipe(self).learning_rates[1] if said is None else said
 
     @property
     def folder(self) -> Path:
@@ -193,7 +193,7 @@ class RunConfig(BaseModel):
         del values["settings"]
         values["output_dir"] = str(self.folder)
         values["training"]["learning_rate"] = self.learning_rate
-        return values | {method.id: dataclasses.asdict(method) for method in build_recipe(self).methods}
+        return values | {method.id: _with_lists(dataclasses.asdict(method)) for method in build_recipe(self).methods}
 
     def hash(self) -> str:
         """A SHA-256 of everything that decides the result; `output_dir` does not."""
@@ -201,6 +201,24 @@ class RunConfig(BaseModel):
         del values["output_dir"]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unclipped(methods: str | list[str] | None) -> dict[str, float]:
+    """Trainer's clipping off, as a default, where a method clips what is invariant by itself."""
+    from rankwise.methods.recipe import METHODS
+
+    named = [methods] if isinstance(methods, str) else methods or []
+    return {"max_grad_norm": 0.0} if any(METHODS[name].unclipped for name in named) else {}
+
+
+def _with_tuples(section: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML knows lists only; settings are immutable."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+
+
+def _with_lists(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values, as YAML and JSON hold them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
 
 
 def _field_name(method_id: str) -> str:
@@ -244,14 +262,23 @@ def build_recipe(config: RunConfig) -> "Recipe":
 
     with_preset = [name for name in config.methods if config.preset in METHODS[name].presets]
     if config.preset is not None and not with_preset:
-        names = " and ".join(config.methods)
-        raise ConfigError(f"preset: {names} has no preset {config.preset!r}; leave it out")
+        raise ConfigError(_unknown_preset(config.methods, config.preset))
     return Recipe.of(
         [
             method_from_id(name, config.settings.get(name, {}), config.preset if name in with_preset else None)
             for name in config.methods
         ]
     )
+
+
+def _unknown_preset(methods: tuple[str, ...], preset: str) -> str:
+    from rankwise.methods.recipe import METHODS
+
+    named = list(dict.fromkeys(name for method in methods for name in METHODS[method].presets))
+    near = nearest(preset, named)
+    known = f"use {' or '.join(named)}, or leave it out" if named else "leave it out"
+    verb = "has" if len(methods) == 1 else "have"
+    return f"preset: {' and '.join(methods)} {verb} no preset {preset!r}{near}; {known}"
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:

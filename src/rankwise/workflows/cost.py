@@ -1,23 +1,32 @@
-"""What a plan will cost: one training step of it is made and measured on a model that is thrown away."""
+"""What a plan will cost: steps of it are made and measured on a model that is thrown away, beside plain LoRA's."""
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.arguments import autocast_dtype
+from rankwise.workflows.config import build_recipe
+from rankwise.workflows.events import Listener, Note, ignore
 from rankwise.workflows.job import TASK_TYPES, Job
 from rankwise.workflows.prepare import calibration_batches
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor
+    from torch.optim import Optimizer
+
+    from rankwise.adapters.state import FactorPair
+    from rankwise.methods.recipe import Recipe
+    from rankwise.methods.schedule import Schedule
 
 __all__ = ["RunCost", "measure_cost"]
 
 _TIMED_STEPS = 2
-"""Micro-batches behind the time; one more goes before them."""
+"""Steps behind the time; one more goes before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +35,16 @@ class RunCost:
 
     Args:
         trained_parameters: the adapter's and those of `modules_to_save`.
-        model_bytes: weights and buffers, the adapter included.
+        model_bytes: weights and buffers, the adapter and what stands beside it included.
         gradient_bytes: gradients of what is trained.
-        optimizer_bytes: AdamW's two moments.
+        optimizer_bytes: the optimizer's state: AdamW's two moments, or what the recipe's own optimizer keeps.
         activation_bytes: what the backward pass of one micro-batch keeps, measured.
         steps: optimizer steps of the run.
+        micro_batches: of one step.
         micro_batch_seconds: forward and backward of one micro-batch, measured.
-        optimizer_seconds: one optimizer step, measured.
+        optimizer_seconds: one optimizer step, measured, with what the schedule does around it.
+        plain_micro_batch_seconds: the same for plain LoRA of these ranks.
+        plain_optimizer_seconds: the same for AdamW.
     """
 
     trained_parameters: int
@@ -44,6 +56,8 @@ class RunCost:
     micro_batches: int
     micro_batch_seconds: float
     optimizer_seconds: float
+    plain_micro_batch_seconds: float
+    plain_optimizer_seconds: float
 
     @property
     def memory_bytes(self) -> int:
@@ -55,24 +69,38 @@ class RunCost:
         """Training alone: calibration, evaluation and saving come on top."""
         return self.steps * (self.micro_batches * self.micro_batch_seconds + self.optimizer_seconds)
 
+    @property
+    def overhead(self) -> float:
+        """A step over a plain LoRA step of the same ranks under AdamW; exactly 1 where nothing differs."""
+        plain = self.micro_batches * self.plain_micro_batch_seconds + self.plain_optimizer_seconds
+        return self.seconds / (self.steps * plain)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the sums included."""
-        return {**asdict(self), "memory_bytes": self.memory_bytes, "seconds": self.seconds}
+        return {
+            **asdict(self),
+            "memory_bytes": self.memory_bytes,
+            "seconds": self.seconds,
+            "overhead": self.overhead,
+        }
 
 
-def measure_cost(job: Job, plan: RankPlan) -> RunCost:
-    """Attaches the plan to the job's model and makes a step with it; the model is not fit for training afterwards.
+def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCost:
+    """Attaches the plan to the job's model and makes steps with it; the model is not fit for training afterwards.
 
     Args:
         job: a loaded run.
         plan: its ranks.
+        listener: told of an optimizer state that is worth a word before it is made.
 
     Raises:
         ModelError: the model already carries an adapter.
+        ConfigError: an optimizer state that does not fit in the free memory.
     """
     import torch
 
-    from rankwise.adapters.attach import attach_lora
+    from rankwise.adapters.attach import adapted_layers, attach_lora
+    from rankwise.training.optimizers import own_and_scheduler, refuse_large_state, state_in_words
 
     model = attach_lora(
         job.model,
@@ -82,33 +110,127 @@ def measure_cost(job: Job, plan: RankPlan) -> RunCost:
         task_type=TASK_TYPES[job.config.task],
     )
     model.train()
+    recipe, arguments, steps = build_recipe(job.config), job.arguments, _steps(job)
+    layers = adapted_layers(model)
+    method = recipe.optimize
+    if method is not None and (state := refuse_large_state(method, layers)) is not None:
+        listener(Note(text=state_in_words(method, state)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
-    arguments = job.arguments
-    loader = calibration_batches(job.prepared, arguments.train_batch_size, job.config.seed)
-    batches = [batch for _, batch in zip(range(_TIMED_STEPS + 1), loader, strict=False)]
-    resident = _storage_bytes([*model.parameters(), *model.buffers()])
-    kept, spent = 0, []
-    for batch in batches:
-        begun = time.perf_counter()
-        kept = max(kept, _pass(model, batch, arguments.device, autocast_dtype(arguments), resident.keys()))
-        spent.append(time.perf_counter() - begun)
-    begun = time.perf_counter()
-    optimizer.step()
-    _wait(arguments.device)
-    stepped = time.perf_counter() - begun
+    fused = True if arguments.device.type in ("cpu", "cuda") else None
+    plain_optimizer: Optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
+    plain = timed = _Steps(job, model).measured(plain_optimizer)
+    optimizer, beside = plain_optimizer, 0
+    if method is not None or recipe.schedule is not None or recipe.initialize.offset_place == "adapter":
+        if method is not None:
+            optimizer = own_and_scheduler(model, layers, arguments, steps, method)[0]
+        with ExitStack() as stack:
+            schedule, beside = _put_beside(recipe, job, model, stack)
+            timed = _Steps(job, model, schedule, steps).measured(optimizer)
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return RunCost(
         trained_parameters=sum(parameter.numel() for parameter in trained),
-        model_bytes=sum(resident.values()),
+        model_bytes=sum(_storage_bytes([*model.parameters(), *model.buffers()]).values()) + beside,
         gradient_bytes=trained_bytes,
-        optimizer_bytes=2 * trained_bytes,
-        activation_bytes=kept,
-        steps=_steps(job),
+        optimizer_bytes=2 * trained_bytes if method is None else _state_bytes(optimizer),
+        activation_bytes=timed.kept,
+        steps=steps,
         micro_batches=arguments.gradient_accumulation_steps,
-        micro_batch_seconds=sum(spent[1:] or spent) / len(spent[1:] or spent),
-        optimizer_seconds=stepped,
+        micro_batch_seconds=timed.micro_batch,
+        optimizer_seconds=timed.optimizer,
+        plain_micro_batch_seconds=plain.micro_batch,
+        plain_optimizer_seconds=plain.optimizer,
     )
+
+
+def _put_beside(recipe: "Recipe", job: Job, model: "PeftModel", stack: ExitStack) -> "tuple[Schedule | None, int]":
+    """The schedule and an offset of the start's sizes in place, until the stack is closed; the bytes of the offset."""
+    from rankwise.adapters.attach import adapted_layers
+    from rankwise.training.beside import make_schedule, put_offset
+
+    layers = adapted_layers(model)
+    offset = None
+    if recipe.initialize.offset_place == "adapter":  # from the base itself it costs a step nothing
+        offset = put_offset(model, layers, recipe, {name: _some_pair(layer) for name, layer in layers.items()})
+        assert offset is not None
+        stack.callback(offset.close)
+    schedule = make_schedule(recipe, model, layers, job.config.seed, offset=offset, validation=None, loss=None)
+    if schedule is not None:
+        stack.callback(schedule.close)
+    pairs = () if offset is None else offset.pairs.values()
+    return schedule, sum(_storage_bytes([factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]).values())
+
+
+def _some_pair(layer: Any) -> "FactorPair":
+    """A pair of the start's sizes; a start of zeros would not be subtracted at all."""
+    import torch
+
+    from rankwise.adapters.state import FactorPair
+
+    lora_A, lora_B = layer.lora_A.detach().float().cpu(), layer.lora_B.detach().float().cpu()
+    return FactorPair(torch.full_like(lora_A, 1e-3), torch.full_like(lora_B, 1e-3))
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Seconds of a micro-batch and of an optimizer step, and the bytes kept between forward and backward."""
+
+    micro_batch: float
+    optimizer: float
+    kept: int
+
+
+class _Steps:
+    """A few optimizer steps of one micro-batch each, as training makes them.
+
+    Args:
+        job: the run.
+        model: the attached model.
+        schedule: what acts around steps.
+        steps: of the whole run.
+    """
+
+    def __init__(self, job: Job, model: "PeftModel", schedule: "Schedule | None" = None, steps: int = 1) -> None:
+        self._job, self._model, self._schedule, self._steps = job, model, schedule, steps
+        self._resident = _storage_bytes([*model.parameters(), *model.buffers()]).keys()
+
+    def measured(self, optimizer: "Optimizer") -> _Timed:
+        """The steps, the first of which warms up: allocations, an optimizer's state, a schedule's first look."""
+        if self._schedule is not None:
+            self._schedule.begin(optimizer, max(self._steps, _TIMED_STEPS + 1))
+        done = [self._step(optimizer, number, batch) for number, batch in enumerate(self._batches(), 1)]
+        timed = done[1:] or done
+        return _Timed(
+            sum(one.micro_batch for one in timed) / len(timed),
+            sum(one.optimizer for one in timed) / len(timed),
+            max(one.kept for one in done),
+        )
+
+    def _batches(self) -> Iterator[Any]:
+        """The run's own micro-batches, read again where it has fewer."""
+        loader = calibration_batches(self._job.prepared, self._job.arguments.train_batch_size, self._job.config.seed)
+        batches: Sequence[Any] = [batch for _, batch in zip(range(_TIMED_STEPS + 1), loader, strict=False)]
+        return (batches[number % len(batches)] for number in range(_TIMED_STEPS + 1))
+
+    def _step(self, optimizer: "Optimizer", number: int, batch: Any) -> _Timed:
+        device, schedule = self._job.arguments.device, self._schedule
+        begun = time.perf_counter()
+        if schedule is not None:
+            schedule.before_step(number)
+            _wait(device)
+        before = time.perf_counter() - begun
+        begun = time.perf_counter()
+        kept = _pass(self._model, batch, device, autocast_dtype(self._job.arguments), self._resident)
+        micro_batch = time.perf_counter() - begun
+        begun = time.perf_counter()
+        if schedule is not None:
+            schedule.before_optimizer_step(number)
+        optimizer.step()
+        if schedule is not None:
+            schedule.after_step(number)
+        _wait(device)
+        after = time.perf_counter() - begun
+        optimizer.zero_grad()
+        return _Timed(micro_batch, before + after, kept)
 
 
 def _pass(model: Any, batch: Any, device: Any, autocast: Any, resident: Iterable[int]) -> int:
@@ -140,6 +262,14 @@ def _wait(device: Any) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _state_bytes(optimizer: "Optimizer") -> int:
+    """Bytes of the optimizer's state; stacks that several parameters' states view count once."""
+    import torch
+
+    found = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(_storage_bytes([value for value in found if isinstance(value, torch.Tensor)]).values())
 
 
 def _storage_bytes(tensors: "Iterable[Tensor]") -> dict[int, int]:

@@ -30,6 +30,7 @@ def export(
     layout: str | None = None,
     consumer: str | None = None,
     dtype: str | None = None,
+    max_rank: int | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> "ExportReport":
@@ -42,6 +43,7 @@ def export(
         layout: uniform, compact, per_rank or merged; by default what the consumer reads best, else uniform.
         consumer: who must read it: peft, vllm, sglang, tgi, gguf, ollama, mlx, merged, ...
         dtype: float32, bfloat16 or float16.
+        max_rank: the most ranks a layer may have; what re-compression discards is told by layer and in all.
         base_model: the base model for merged weights and a comparison of logits; by default none is loaded, but for
             merged weights the one that the adapter names.
         overwrite: whether an adapter that is already there may be replaced.
@@ -72,6 +74,7 @@ def export(
                 destination,
                 layout=chosen,
                 dtype=dtype,
+                max_rank=max_rank,
                 consumers=(consumer,) if consumer is not None and consumer != "merged" else (),
                 base=base,
                 batch=None if base is None else _probe(base),

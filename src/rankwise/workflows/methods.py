@@ -10,7 +10,10 @@ __all__ = ["describe_method", "describe_methods"]
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """One dict a method: those of this version first, then the names that later versions bring."""
+    """One dict a method: those of this version first, then the names that later versions bring.
+
+    `learning_rate` holds the recommended low end, default and high end under `optimizer`.
+    """
     ready = [_summary(method) for method in METHODS.values()]
     coming = [
         {"id": method_id, "title": title, "source": title.rpartition(", ")[2], "state": "coming"}
@@ -45,6 +48,7 @@ def _summary(method: type[Method]) -> dict[str, Any]:
         "source": method.source,
         "slots": [str(slot) for slot in Slot if slot in method.slots],
         "learning_rate": {"low": low, "default": usual, "high": high},
+        "optimizer": method.id if Slot.OPTIMIZE in method.slots else "AdamW",
         "state": "works",
     }
 

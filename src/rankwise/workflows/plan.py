@@ -5,7 +5,7 @@ from rankwise.workflows.config import RunConfig
 from rankwise.workflows.cost import measure_cost
 from rankwise.workflows.events import CostReady, Listener, PlanReady, ignore
 from rankwise.workflows.job import Phases, attach_options, calibration, calibration_total, load_job
-from rankwise.workflows.quiet import quiet_libraries
+from rankwise.workflows.quiet import log_as_notes, quiet_libraries
 from rankwise.workflows.run_folder import CALIBRATION_FILE
 
 __all__ = ["plan"]
@@ -24,7 +24,7 @@ def plan(config: RunConfig, listener: Listener = ignore) -> RankPlan:
     from rankwise.training.attach import plan as make_plan
 
     phases = Phases(listener)
-    with quiet_libraries():
+    with quiet_libraries(), log_as_notes(listener):
         job = load_job(config, phases)
         kept = config.folder / CALIBRATION_FILE
         source = calibration(job, listener, kept if kept.is_file() else None)
@@ -36,6 +36,6 @@ def plan(config: RunConfig, listener: Listener = ignore) -> RankPlan:
                 made = make_plan(job.model, calibration=source, **attach_options(job))
         listener(PlanReady(plan=made))
         with phases.phase("cost", "Measuring a step"):
-            cost = measure_cost(job, made)
+            cost = measure_cost(job, made, listener)
     listener(CostReady(cost=cost.to_dict()))
     return made

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator
 
 from rankwise.workflows.data_files import quiet_datasets
+from rankwise.workflows.events import Listener, Note
 
-__all__ = ["quiet_libraries"]
+__all__ = ["log_as_notes", "quiet_libraries"]
 
 
 @contextlib.contextmanager
@@ -33,3 +34,22 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def log_as_notes(listener: Listener) -> Iterator[None]:
+    """Warnings that rankwise's own modules log reach the listener as notes, and nobody else."""
+
+    class Telling(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            listener(Note(text=record.getMessage(), level="warning"))
+
+    logger, handler = logging.getLogger("rankwise"), Telling(logging.WARNING)
+    spread = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = spread

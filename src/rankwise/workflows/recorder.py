@@ -27,9 +27,13 @@ class Recorder:
         listener: told of everything.
         step: the step that a continued run starts from; later lines of the file are cut off.
         writes: False in all processes but the first, which are sent no events either.
+        schedule: the id of the method that acts around steps; figures that begin with it are kept.
     """
 
-    def __init__(self, folder: Path, listener: Listener, *, step: int = 0, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, listener: Listener, *, step: int = 0, writes: bool = True, schedule: str | None = None
+    ) -> None:
+        self._own = f"{schedule}_" if schedule else None
         self._path = folder / METRICS
         self._listener = listener
         self._detail = ""
@@ -66,7 +70,7 @@ class Recorder:
         if "train_runtime" in values:  # the summary at the end
             self.figures["train_loss"] = values["train_loss"]
             return
-        kept = {key: value for key, value in values.items() if key in _KEPT or _is_evaluation(key)}
+        kept = {key: value for key, value in values.items() if self._keeps(key)}
         if not kept:
             return
         self.figures |= kept
@@ -80,6 +84,10 @@ class Recorder:
             stream.write(json.dumps(_finite(line)) + "\n")
         self._listener(Metrics(values=line))
 
+    def _keeps(self, key: str) -> bool:
+        own = self._own is not None and key.startswith(self._own)
+        return own or key in _KEPT or _is_evaluation(key)
+
     def _keep_until(self, step: int) -> None:
         """Cuts off what a killed run wrote after the checkpoint that goes on."""
         lines = []
@@ -92,7 +100,7 @@ class Recorder:
             if values["step"] <= step:
                 lines.append(line)
                 self._spent = float(values.get("seconds", 0.0))
-                self.figures |= {key: value for key, value in values.items() if key in _KEPT or _is_evaluation(key)}
+                self.figures |= {key: value for key, value in values.items() if self._keeps(key)}
                 if "eval_loss" in values:
                     self.evaluated_at = int(values["step"])
         write_atomically(self._path, "".join(f"{line}\n" for line in lines))

@@ -19,7 +19,7 @@ from rankwise.workflows.config import RunConfig
 from rankwise.workflows.events import Listener, Note, PlanReady, Result, ignore
 from rankwise.workflows.job import TASK_TYPES, Job, Phases, attach_options, calibration, calibration_total, load_job
 from rankwise.workflows.model_card import model_card
-from rankwise.workflows.quiet import quiet_libraries
+from rankwise.workflows.quiet import log_as_notes, quiet_libraries
 from rankwise.workflows.recorder import Recorder
 from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_atomically, write_manifest
 from rankwise.workflows.trainer import evaluate, make_trainer
@@ -80,6 +80,7 @@ def train(
     phases = Phases(listener)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
+        stack.enter_context(log_as_notes(listener))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rankwise-")))
         stop = stack.enter_context(StopRequest())
         job = load_job(config, phases)
@@ -149,12 +150,21 @@ class _Run:
         self.listener = listener
         self.folder = claimed.folder
         self.manifest: dict[str, Any] = {}
+        self._remarks: set[str] = set()
 
     def through(self, stop: "StopRequest", scratch: Path) -> TrainResult:
         """Training, evaluation, export and report; the manifest always says how far it came."""
+        self.session.on_remark = self._remarked
         trainer = self._trainer()
         self._begin(scratch)
-        recorder = Recorder(self.folder, self.listener, step=self.session.step, writes=not self._elsewhere)
+        owner = self.session.recipe.schedule
+        recorder = Recorder(
+            self.folder,
+            self.listener,
+            step=self.session.step,
+            writes=not self._elsewhere,
+            schedule=None if owner is None else owner.id,
+        )
         trainer.add_callback(self.session.callback(on_event=recorder, stop=stop))
         try:
             checkpoint = self.claimed.checkpoint
@@ -178,13 +188,22 @@ class _Run:
 
     def _trainer(self) -> Any:
         """The trainer; transformers makes the output folder for it, which goes again if the trainer is refused."""
-        existed = self.folder.exists()
+        existed, known = self.folder.exists(), len(self.session.notes)
         try:
-            return make_trainer(self.job, self.session)
+            trainer = make_trainer(self.job, self.session)
         except BaseException:
             if not existed and self.folder.is_dir():
                 self.folder.rmdir()
             raise
+        for text in self.session.notes[known:]:
+            if text not in self._remarks:
+                self.listener(Note(text=text))
+        return trainer
+
+    def _remarked(self, text: str) -> None:
+        """A warning of the session, told as it comes."""
+        self._remarks.add(text)
+        self.listener(Note(text=text, level="warning"))
 
     def _begin(self, scratch: Path) -> None:
         """The first bytes of the run."""

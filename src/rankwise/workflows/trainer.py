@@ -30,7 +30,7 @@ def make_trainer(job: Job, session: "Session") -> "Trainer":
         session: whose model is trained; add its callback afterwards.
 
     Raises:
-        ConfigError: arguments that the trainer refuses, or a run that is all warm-up.
+        ConfigError: arguments that the trainer or the recipe refuses, or a run that is all warm-up.
     """
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -60,8 +60,9 @@ def make_trainer(job: Job, session: "Session") -> "Trainer":
         raise ConfigError(f"training: {' '.join(str(error).split())}") from error
     for silenced in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silenced)
-    if job.arguments.optim in _OWN_OPTIMIZERS and not job.arguments.fsdp:
-        # Trainer refuses an optimizer of our own under FSDP; LoRA, RoRA and GoRA need none.
+    own = session.recipe.optimize is not None  # then anything else than our optimizer is refused
+    if own or (job.arguments.optim in _OWN_OPTIMIZERS and not job.arguments.fsdp):
+        # Trainer refuses an optimizer of our own under FSDP; methods without the optimize slot need none.
         steps = trainer.set_initial_training_values(job.arguments, trainer.get_train_dataloader())[-1]
         _check_warmup(job, steps)
         trainer.optimizer, trainer.lr_scheduler = session.optimizers(job.arguments, steps)  # type: ignore[assignment]

@@ -1,0 +1,232 @@
+"""A frozen pair whose update is subtracted again, so that an adapter with a start of its own computes the base model.
+
+    y = W x + s (B A x - B0 A0 x)          (lora_ga.md 3.3)
+
+`adapter` takes B0 A0 x off the output of lora_B, before PEFT multiplies by s, rounds and adds: so it acts exactly where
+PEFT's own product acts (adapter active, not disabled, not merged; mixed batches; autocast; quantized bases), reads the
+same s, and while B A = B0 A0 without dropout the difference is exactly zero in every dtype. x is what PEFT hands to
+lora_dropout, cast as lora_A wants it. `base` writes W - s B0 A0 into the base weight and gives W back on close.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from rankwise.adapters.attach import AdaptedLayer, peft_model_of
+from rankwise.adapters.state import FactorPair
+from rankwise.errors import ArtifactError, ConfigError, ExportError, ModelError
+
+__all__ = ["LiveOffset", "OffsetSite"]
+
+OffsetSite = Literal["adapter", "base"]
+
+_MERGES = ("merge_adapter", "merge_and_unload", "unload")
+
+
+class LiveOffset:
+    """The offset of a model in training; put in place on construction, taken off by `close`.
+
+    The pairs are plain tensors of this object: no parameter or buffer of the model, in no state dict, never trained.
+    They stay float32; a copy in the dtype and on the device of lora_A's input is made where they differ.
+
+    Args:
+        model: the attached model.
+        layers: its adapted layers by full name.
+        pairs: by layer, the pair to subtract, scaled like the layer's own; layers without one are left alone.
+        place: `adapter` (the base weights are never written) or `base` (they are, in float32, and restored).
+
+    Raises:
+        ArtifactError: a pair for a layer that is not there, or of another size.
+        ConfigError: `base` on weights that are quantized or sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, AdaptedLayer],
+        pairs: Mapping[str, FactorPair],
+        place: OffsetSite,
+    ) -> None:
+        faults = [fault for name, pair in pairs.items() if (fault := _misfit(name, pair, layers.get(name)))]
+        if faults:
+            raise ArtifactError("\n".join(faults))
+        self.pairs: dict[str, FactorPair] = {
+            name: FactorPair(_frozen(pair.lora_A), _frozen(pair.lora_B)) for name, pair in pairs.items()
+        }
+        self.place = place
+        self._undo: list[Callable[[], None]] = []
+        self._moved: list[_MovedBase] = []
+        live = {name: pair for name, pair in self.pairs.items() if bool(pair.lora_A.any()) and bool(pair.lora_B.any())}
+        if place == "base":
+            _refuse_base([layers[name] for name in live])
+            self._moved = [_MovedBase(layers[name], pair) for name, pair in live.items()]
+            self._undo += [moved.restore for moved in self._moved]
+        else:
+            self._undo += [_Subtraction(layers[name], pair).remove for name, pair in live.items()]
+        self._refuse_merging(model, [layers[name] for name in self.pairs])
+
+    def close(self) -> None:
+        """Takes every hook off, gives the base its own weights back, and lets the adapter be merged again."""
+        while self._undo:
+            self._undo.pop()()
+        self._moved = []
+
+    @contextmanager
+    def base_as_found(self) -> Iterator[None]:
+        """Inside, the base weights are the untouched ones, bit for bit; under `adapter` they always are."""
+        moved = [base for base in self._moved if base.shifted]
+        try:
+            for base in moved:
+                base.restore()
+            yield
+        finally:
+            if self._moved:  # not closed inside
+                for base in moved:
+                    base.shift()
+
+    def _refuse_merging(self, model: nn.Module, layers: list[AdaptedLayer]) -> None:
+        """PEFT would merge s B A alone, or drop the adapter and leave a moved base behind."""
+        tuner: Any = peft_model_of(model).base_model
+        shadowed: list[tuple[Any, str]] = [(tuner, name) for name in _MERGES]
+        shadowed += [(layer.module, "merge") for layer in layers]
+        for module, name in shadowed:
+            module.__dict__[name] = _refuse_merge
+            self._undo.append(partial(module.__dict__.pop, name, None))
+
+
+class _Subtraction:
+    """The hooks of one layer in `adapter` mode."""
+
+    def __init__(self, layer: AdaptedLayer, pair: FactorPair) -> None:
+        self._name = layer.name
+        self._pair = (pair.lora_A, pair.lora_B)
+        self._cast: tuple[Tensor, Tensor] | None = None
+        # Weak, because a recomputation of activation checkpointing may stop between the two hooks, and whatever was
+        # left here would hold that block's activations until the next forward pass. PEFT's frame holds the input.
+        self._seen: weakref.ref[Tensor] | None = None
+        module: Any = layer.module
+        self._handles = [
+            module.lora_dropout[layer.adapter_name].register_forward_pre_hook(self._see),
+            module.lora_B[layer.adapter_name].register_forward_hook(self._subtract),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._seen = weakref.ref(args[0])
+
+    def _subtract(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = None if self._seen is None else self._seen()
+        self._seen = None
+        if x is None:
+            raise ModelError(
+                f"{self._name}: lora_B ran without the layer's lora_dropout before it, so that the start of lora-ga "
+                "cannot be subtracted: call the layer itself, or train with lora_ga.offset: base"
+            )
+        lora_A, lora_B = self._pair_for(x)
+        return output - functional.linear(functional.linear(x, lora_A), lora_B)
+
+    def _pair_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair on the device and in the dtype of x, as lora_A and lora_B are."""
+        cast = self._pair if self._cast is None else self._cast
+        if cast[0].device != x.device or cast[0].dtype != x.dtype:
+            cast = (self._pair[0].to(x.device, x.dtype), self._pair[1].to(x.device, x.dtype))
+            self._cast = cast
+        return cast
+
+
+class _MovedBase:
+    """One base weight in `base` mode: W - s B0 A0, and W to go back to."""
+
+    def __init__(self, layer: AdaptedLayer, pair: FactorPair) -> None:
+        self._layer, self._pair, self._scaling = layer, pair, layer.scaling
+        self._original = self._weight().detach().to("cpu", copy=True)
+        self.shifted = False
+        self.shift()
+
+    def shift(self) -> None:
+        """W <- W - s B0 A0, in float32 (or wider), rounded to the base's dtype: the same bits every time."""
+        device, dtype = self._layer.base.device, torch.promote_types(self._original.dtype, torch.float32)
+        lora_A, lora_B = (factor.to(device, dtype) for factor in (self._pair.lora_A, self._pair.lora_B))
+        update = self._scaling * (lora_B @ lora_A)
+        if self._layer.base.kind == "conv1d":
+            update = update.T
+        self._write(self._original.to(device, dtype) - update)
+        self.shifted = True
+
+    def restore(self) -> None:
+        """W, bit for bit."""
+        self._write(self._original)
+        self.shifted = False
+
+    def _weight(self) -> Tensor:
+        weight = self._layer.base.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _write(self, value: Float[Tensor, "rows columns"]) -> None:
+        weight = self._weight()
+        if _is_sharded(weight):
+            raise ModelError(
+                f"{self._layer.name}: the base weight was sharded after lora-ga moved it, so that it cannot be given "
+                "back: use lora_ga.offset: adapter, which never writes it"
+            )
+        with torch.no_grad():
+            weight.copy_(value)
+
+
+def _frozen(factor: Tensor) -> Tensor:
+    return factor.detach().to("cpu", torch.promote_types(factor.dtype, torch.float32), copy=True).contiguous()
+
+
+def _misfit(name: str, pair: FactorPair, layer: AdaptedLayer | None) -> str | None:
+    if layer is None:
+        return f"{name}: there is an offset for this layer, and the model has no adapter on it: give the run's own plan"
+    found = (pair.lora_B.shape[0], pair.lora_A.shape[1])
+    shape = layer.base.shape
+    if found != (shape.out_features, shape.in_features):
+        return (
+            f"{name}: the offset is for a layer of [{found[0]}, {found[1]}], this one has "
+            f"[{shape.out_features}, {shape.in_features}]: give the model that the run was started on"
+        )
+    return None
+
+
+def _refuse_base(layers: list[AdaptedLayer]) -> None:
+    faults = []
+    for layer in layers:
+        weight = layer.base.module.weight
+        assert isinstance(weight, Tensor)
+        why = None
+        if layer.base.quantized or not weight.is_floating_point() or weight.element_size() < 2:
+            why = f"quantized ({layer.base.kind}, {weight.dtype})"
+        elif _is_sharded(weight):
+            why = "sharded"
+        if why is not None:
+            faults.append(f"{layer.name}: lora_ga.offset: base would write a weight that is {why}")
+    if faults:
+        more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
+        raise ConfigError(f"{faults[0]}{more}; use lora_ga.offset: adapter, which leaves the base weights alone")
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """FSDP2 (DTensor), FSDP1 (flattened) or ZeRO-3 (empty, with an id of its engine)."""
+    return isinstance(weight, DTensor) or weight.dim() != 2 or hasattr(weight, "ds_id")
+
+
+def _refuse_merge(*_: object, **__: object) -> NoReturn:
+    raise ExportError(
+        "this adapter is trained beside an offset (lora-ga): merged or unloaded as it stands it would compute "
+        "something else. Save a checkpoint and run `rankwise export` (or session.export), which folds the offset into "
+        "the factors; its layout merged writes full weights."
+    )
