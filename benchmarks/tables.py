@@ -113,6 +113,125 @@ def plan_initialize() -> str:
     )
 
 
+def perturbation() -> str:
+    found = load("perturbation")
+    floors = {
+        "mgpo": found["floors"]["mgpo"]["ratio_at_the_rate_of_thin_products"],
+        "ggpo": found["floors"]["ggpo"]["ratio"],
+    }
+    lines = [
+        "## A perturbed training step",
+        "",
+        f"{found['model']}; beside a plain LoRA step, processor time, {found['rounds']} rounds at a load of {found['load_average'][0]:g}. "
+        "`OMP_NUM_THREADS=1 python -m benchmarks.perturbation`",
+        "",
+        "| | ratio, median (quartiles) | limit | floor |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, title in (
+        ("mgpo", "MGPO"),
+        ("ggpo", "GGPO"),
+        ("ggpo, second product", "GGPO over packed layers (a second product)"),
+    ):
+        ratio, limit, floor = found["ratio"][name], found["limits"].get(name, ""), floors.get(name, "")
+        lines.append(
+            f"| {title} | {ratio['median']:.2f} ({ratio['lower_quartile']:.2f}-{ratio['upper_quartile']:.2f}) | {limit} | {floor} |"
+        )
+    gigabytes, values = found["floors"]["ggpo"]["gigabytes_of_sums"], found["floors"]["ggpo"]["values_drawn"] / 1e6
+    lines += [
+        "",
+        f"The floor of GGPO is two draws of every weight's noise ({values:.0f} million values) and two sums W + E ({gigabytes} GB); MGPO's is two thin "
+        f"products a layer, forward and backward ({found['floors']['mgpo']['gigaflops']} GFLOP). One draw alone is "
+        f"{found['ratio']['draws']['median']:.2f} of a plain step, torch's `normal_` {found['ratio']['torch normal_']['median']:.2f}.",
+    ]
+    return "\n".join(lines)
+
+
+def optimizers() -> str:
+    found = load("optimizers")
+    lines = [
+        "## Optimizers over pairs",
+        "",
+        "One optimizer step on one thread, beside torch's fused AdamW on the same parameters; state in bytes a parameter, a float32 master of "
+        "16-bit parameters apart. `bare products` are the same matrix products and nothing else, in their fastest form on the machine: the floor. "
+        "`OMP_NUM_THREADS=1 python -m benchmarks.optimizers`",
+    ]
+    for name, case in found["cases"].items():
+        counts, load_average = case["counts"], case["load_average"][0]
+        limits = {
+            key.partition(",")[0]: v["limit"] for key, v in case["verdicts"].items() if key.endswith("times AdamW")
+        }
+        lines += [
+            "",
+            f"### {name}: {case['pairs']} pairs, r = {case['r']}, {case['dtype']}, {case['parameters']:,} parameters",
+            "",
+            f"Load {load_average:g}, {case['rounds']} rounds.",
+            "",
+            "| | time ratio (lowest-highest) | limit | state, bytes | GFLOP | GB moved |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for key, arm in case["arms"].items():
+            own = arm.get("bytes_per_parameter", {})
+            count = counts.get(key.removeprefix("products-"), {})
+            work = [f"{count[unit]:.2f}" if unit in count else "" for unit in ("gflop", "gigabytes")]
+            work = ["", ""] if key.startswith("products-") else work
+            state = f"{own['state']:.2f}" if own else ""
+            limit = limits.get(key, "")
+            lines.append(f"| {arm['title']} | {spread(arm['cpu_ratio'])} | {limit} | {state} | {work[0]} | {work[1]} |")
+        others = [
+            f"{key} {v['figure']:.2f} (limit {v['limit']:g})"
+            for key, v in case["verdicts"].items()
+            if not key.endswith(("times AdamW", "bytes a parameter"))
+        ]
+        if others:
+            lines += ["", f"Beside other public optimizers, same run: {'; '.join(others)}."]
+    return "\n".join(lines)
+
+
+def lora_ga() -> str:
+    found = load("lora_ga")
+    limits, settings = found["limits"], found["settings"]
+    lines = [
+        "## LoRA-GA's start",
+        "",
+        f"Statistics and factors on the 8 x 768 Llama, r = {settings['r']}, {settings['batches']} micro-batches of {settings['rows']} x "
+        f"{settings['length']} tokens, beside PEFT 0.21's `preprocess_loraga` and its initialization on the same batches. Copies are float32 copies of "
+        "the targets above the peak of a plain LoRA pass. `python -m benchmarks.lora_ga`",
+        "",
+        "| | time, of PEFT's (lowest-highest) | limit | copies above the pass | limit | first step's relative error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    time_limits = {
+        "exact": limits["exact, time to PEFT's"],
+        "sketch, one pass": limits["sketch, one pass, time to PEFT's"],
+    }
+    for name, memory in found["memory"].items():
+        ratio = spread(found["time"][name]["cpu_to_peft"])
+        limit = time_limits.get(name, {}).get("limit", "")
+        copies = limits["sketch, one pass, copies above the pass"]["limit"] if name == "sketch, one pass" else ""
+        quality = found["quality"]["model"].get(name, {})
+        error = f"{quality['against_G']:.2f}" if quality else ""
+        lines.append(f"| {name} | {ratio} | {limit} | {memory['copies_above_pass']:.2f} | {copies} | {error} |")
+    floors = ", ".join(f"{name} {limit['floor']:.2f}" for name, limit in time_limits.items())
+    best = found["quality"]["model"]["best of rank 2r, against G"]
+    lines += [
+        "",
+        f"Floors of the time (a frozen pass and the products that the statistics need): {floors}. No start of rank 2r misses less than {best:.2f} of "
+        "this gradient, whose spectrum is flat. On 768 x 2,048 matrices, missed beside the best of rank 2r, and estimated by the sketch itself:",
+        "",
+        "| spectrum | readings | missed, against the best | missed, against G | its own estimate |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for spectrum, values in found["quality"]["spectra"].items():
+        for name, value in values.items():
+            if isinstance(value, dict):
+                own = f"{value['own_estimate_against_G']:.2f}" if "own_estimate_against_G" in value else ""
+                lines.append(
+                    f"| {spectrum} | {name} | {value['against_best']:.3f} | {value['against_G']:.2f} | {own} |"
+                )
+    return "\n".join(lines)
+
+
 def start() -> str:
     found = load("start")
     return "\n".join(
@@ -128,7 +247,8 @@ def start() -> str:
 
 
 def main() -> None:
-    PAGE.write_text("\n\n".join([HEAD.rstrip(), calibration(), training_step(), plan_initialize(), start()]) + "\n")
+    sections = (calibration, lora_ga, training_step, perturbation, optimizers, plan_initialize, start)
+    PAGE.write_text("\n\n".join([HEAD.rstrip(), *(section() for section in sections)]) + "\n")
     print(PAGE)
 
 

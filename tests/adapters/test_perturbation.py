@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters import perturbation
-from rankwise.adapters.attach import AdaptedLayer
+from rankwise.adapters.attach import AdaptedLayer, adapted_layers
 from rankwise.adapters.perturbation import (
     LowRank,
     PerturbedLayer,
@@ -46,6 +46,14 @@ def thin(layer: AdaptedLayer, dtype: torch.dtype = torch.float64) -> LowRank:
     return LowRank(
         random(shape.out_features, 4, seed=4, dtype=dtype), random(4, shape.in_features, seed=5, dtype=dtype)
     )
+
+
+def drawn(layer: AdaptedLayer, by: RowNoise | LowRank) -> Tensor:
+    """E [out, in], explicit."""
+    if isinstance(by, LowRank):
+        return by.left @ by.right
+    shape, transposed = (layer.base.shape.out_features, layer.base.shape.in_features), layer.base.kind == "conv1d"
+    return perturbation._Draw(layer.name, by.seed, shape, transposed, by.std.dtype, Scratch()).around(None, by.std)
 
 
 def passes(layer: AdaptedLayer, x: Tensor) -> dict[str, Tensor]:
@@ -96,16 +104,11 @@ def test_g6_both_passes_are_autograds_on_an_explicit_w_plus_e_before_dropout(
     perturbed = PerturbedLayer(layer, Scratch())
     assert perturbed.way == way
     perturbed.by = PERTURBATIONS[what](layer, dtype=dtype)
-    E = noise_on(layer) if what == "noise" else perturbed.by.left @ perturbed.by.right  # type: ignore[union-attr]
+    E = drawn(layer, perturbed.by)
     x = random(2, 5, layer.base.shape.in_features, seed=1, dtype=dtype)
     found = passes(layer, x)
     perturbed.close()
-    reference = explicit(layer, E, x)
-    if way == "add" and what == "noise" and dtype == torch.float32:
-        limit = 1e-4  # here E is read off a difference of outputs
-    if dtype == torch.float64 and what == "noise":
-        limit = 2e-14 if way == "swap" else 1e-13
-    compare(found, reference, limit)
+    compare(found, explicit(layer, E, x), limit)
 
 
 def test_leaving_the_gradient_through_e_out_would_be_seen() -> None:
@@ -377,3 +380,46 @@ def test_a_weight_that_is_sharded_already_is_refused() -> None:
 
 def test_conv1d_is_what_the_tests_call_conv1d() -> None:
     assert isinstance(one_layer("conv1d").base.module, Conv1D)
+
+
+class Linear8bitLt(nn.Linear):
+    """A packed layer as bitsandbytes leaves it: int8 rows and their scales, dequantized in its own forward."""
+
+    def __init__(self, dense: Tensor) -> None:
+        super().__init__(dense.shape[1], dense.shape[0])
+        scales = dense.abs().amax(dim=1)
+        codes = torch.round(dense * 127 / scales[:, None]).to(torch.int8)
+        self.bias = nn.Parameter(random(len(dense), seed=9), requires_grad=False)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight.SCB = scales  # type: ignore[attr-defined]
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        dense = self.weight.float() * (self.weight.SCB / 127)[:, None]  # type: ignore[attr-defined, operator]
+        return functional.linear(input, dense, self.bias)
+
+
+def test_packed_layers_are_measured_and_perturbed_without_their_weight() -> None:
+    one = adapted(targets=["up_proj"], spread=0.1)
+    module: Any = one.first.module
+    module.base_layer = Linear8bitLt(module.base_layer.weight.detach())
+    layer = next(iter(adapted_layers(one.model).values()))
+    assert layer.base.kind == "8bit"
+    W = layer.base.weight()
+    torch.testing.assert_close(weight_row_squares(layer), W.square().sum(1))
+    rows = random(3, layer.base.shape.in_features)
+    torch.testing.assert_close(base_products(layer, rows), W @ rows.T, rtol=1e-5, atol=1e-5)
+    x = random(4, layer.base.shape.in_features, seed=1)
+    base: Any = layer.base.module
+    plain = base(x)
+    for by in (noise(layer, dtype=torch.float32), thin(layer, dtype=torch.float32)):
+        perturbed = PerturbedLayer(layer, Scratch())
+        assert perturbed.way == "add"
+        perturbed.by = by
+        E = drawn(layer, by)
+        leaf = x.clone().requires_grad_()
+        output = base(leaf)
+        torch.testing.assert_close(output, plain + x @ E.T, rtol=1e-5, atol=1e-5)
+        output.sum().backward()
+        torch.testing.assert_close(leaf.grad, (W + E).sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
+        perturbed.close()
+        assert torch.equal(base(x), plain)

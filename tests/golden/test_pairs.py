@@ -39,7 +39,7 @@ def cases(family: str) -> list[Any]:
     found = (
         (case["case"], case | {"file": case.get("file", manifest.get("file"))}) for case in manifest.get("cases", [])
     )
-    return case_parameters(FOLDER, family, "cases", found)
+    return case_parameters(FOLDER, family, "trajectory", found)
 
 
 def not_to_be_matched(case: dict[str, Any]) -> bool:

@@ -14,6 +14,9 @@ from rankwise.adapters.state import FactorPair
 from rankwise.errors import ModelError
 from rankwise.linalg.random import generator
 from rankwise.methods.ggpo import GGPO, MGPO
+from rankwise.methods.lora_ga import LoRAGA
+from rankwise.methods.perturbing import PerturbationSchedule
+from rankwise.training.attach import attach
 from tests.methods.perturbed import (
     BATCHES,
     adapted,
@@ -376,6 +379,45 @@ def test_lora_gas_offset_counts_in_the_merged_weight_and_a_start_that_cancels_le
     offset.close()
 
 
+@pytest.mark.parametrize("place", ["adapter", "base"])
+def test_in_a_session_with_lora_ga_the_norms_are_those_of_what_the_layer_computes(place: str) -> None:
+    session = attach(
+        tiny_llama(),
+        [LoRAGA(offset=place), GGPO(sigma=1.0, beta=0.0)],  # type: ignore[arg-type]
+        r=3,
+        target_modules=["q_proj", "up_proj"],
+        calibration=BATCHES[:2],
+    )
+    schedule = session.schedule
+    assert isinstance(schedule, PerturbationSchedule)
+    schedule.begin(torch.optim.AdamW(session.model.parameters(), lr=1e-2), 4)
+    session.model.eval()
+    schedule.before_step(1)
+    for name, layer in session.layers.items():
+        module = layer.module
+        computed = module(torch.eye(layer.base.shape.in_features)).detach().double().T  # type: ignore[operator]
+        norms = computed.norm(dim=1) / math.sqrt(layer.base.shape.in_features)
+        torch.testing.assert_close(std_of(schedule, name).double(), norms, rtol=1e-4, atol=0)
+    session.close()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+def test_torch_compile_leaves_the_perturbation_as_it_is() -> None:
+    for method in (GGPO(sigma=0.1), MGPO()):
+        found = []
+        for compiled in (False, True):
+            one = adapted()
+            optimizer = one.adamw()
+            schedule = one.schedule(method)
+            schedule.begin(optimizer, 4)
+            if compiled:
+                one.model = torch.compile(one.model, backend="eager")
+            found.append(train(one, schedule, optimizer, range(1, 5)))
+        for plain, again in zip(*found, strict=True):
+            torch.testing.assert_close(again, plain)
+
+
 def test_a_merged_weight_that_vanishes_has_no_noise_and_no_nan() -> None:
     one = adapted(targets=["q_proj"])
     layer = one.first
@@ -416,7 +458,7 @@ def test_packed_layers_take_a_second_product_and_the_log_says_so(caplog: pytest.
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)  # the same E, added in another way
 
 
-def test_16_bit_bases_and_autocast_train(caplog: pytest.LogCaptureFixture) -> None:
+def test_16_bit_bases_and_autocast_train_with_exact_norms() -> None:
     for method in (GGPO(sigma=0.1), MGPO()):
         for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
             one = adapted(tiny_llama(dtype=dtype))
@@ -426,8 +468,11 @@ def test_16_bit_bases_and_autocast_train(caplog: pytest.LogCaptureFixture) -> No
             schedule.begin(optimizer, 4)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 losses = train(one, schedule, optimizer, range(1, 5))
+                schedule.before_step(5)
             assert all(loss.isfinite() for loss in losses)
             assert weights_fingerprint(one.model) == before
-            figures = schedule.figures()
-            schedule.close()
-            assert figures
+            if isinstance(method, GGPO):
+                for name, layer in one.layers.items():
+                    norms = merged(layer).norm(dim=1) / math.sqrt(layer.base.shape.in_features)
+                    torch.testing.assert_close(std_of(schedule, name).double(), 0.1 * norms, rtol=1e-4, atol=0)
+            assert schedule.figures()

@@ -1,5 +1,6 @@
 """LoRA-RITE keeps what its specification promises (lora_rite.md section 6); golden cases are in tests/golden."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -208,6 +209,25 @@ def test_overlaps_shrink_and_transport_loses_second_moment(length: int, rank: in
     moved = side.transport(P, 0.9, escape=True)
     assert moved.trace() <= side.precond.trace() + 1e-12
     assert side.escape >= 0.0
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4])
+def test_the_kept_bases_are_orthonormal_overlaps_shrink_and_moments_stay_positive(condition: float) -> None:
+    start = new_pair((12, 16, 4))
+    (pair,) = pairs = [transformed(start, with_condition(4, condition))]
+    optimizer = make("rite", pairs)
+    bases: dict[str, list[Tensor]] = {"A": [], "B": []}
+    for G in dense_gradients(pairs, 5):
+        before = {"A": pair.A.detach().mT.clone(), "B": pair.B.detach().clone()}
+        walk(optimizer, pairs, [G])
+        for side, factor in (("A", pair.A), ("B", pair.B)):
+            bases[side].append(before[side] @ optimizer.state[factor]["basis"])  # U = F R^-1
+            assert torch.linalg.eigvalsh(optimizer.state[factor]["precond"]).min() >= 0
+    for one in bases.values():
+        for U in one:
+            assert (U.mT @ U - torch.eye(4, dtype=U.dtype)).abs().max() < 1e-16 * max(1e4, 10 * condition)
+        for new, old in itertools.pairwise(reversed(one)):
+            assert torch.linalg.matrix_norm(new.mT @ old, 2) <= 1 + 1e-16 * max(1e4, 10 * condition)
 
 
 def test_escaped_mass_is_never_negative_and_grows_where_bases_turn() -> None:

@@ -1,5 +1,8 @@
 """A step of the pair optimizers keeps what torch.optim promises: groups, schedulers, closures, missing gradients."""
 
+import gc
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -310,6 +313,32 @@ def test_gradients_are_not_changed_by_a_step(kind: str) -> None:
     before = [factor.grad.clone() for pair in pairs for factor in (pair.A, pair.B)]
     make(kind, pairs).step()
     assert_same_bits([factor.grad for pair in pairs for factor in (pair.A, pair.B)], before)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_let_go_after_the_step(kind: str, dtype: torch.dtype) -> None:
+    pairs = new_pairs([*MIXED, (4200, 8, 16)], dtype=dtype)  # the last is too large to be stacked with others
+    optimizer = make(kind, pairs)
+    walk(optimizer, pairs, dense_gradients(pairs, 1))
+    (G,) = dense_gradients(pairs, 1, seed=3)
+    for pair, one in zip(pairs, G, strict=True):
+        pair.give(one)
+    kept = [weakref.ref(factor.grad) for pair in pairs for factor in (pair.A, pair.B)]
+    held = tensor_bytes()
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert [one() for one in kept] == [None] * len(kept)
+    assert tensor_bytes() < held
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that are alive, each storage once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alive = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
 
 
 @every_kind

@@ -85,6 +85,14 @@ def test_a_schedule_sees_the_attached_model_and_the_real_optimizer():
     assert session.schedule.calls == 1
 
 
+@pytest.mark.parametrize("place", ["adapter", "base"])
+def test_a_schedule_knows_of_a_start_beside_the_adapter_and_not_of_one_in_the_weights_that_it_sees(place: str):
+    methods = [LoRAGA(offset=place), Counting()]
+    session = attach(tiny_llama(), methods, r=2, target_modules=["q_proj"], calibration=BATCHES)
+    assert session.schedule.scene.offsets == (session.offset.pairs if place == "adapter" else {})
+    session.close()
+
+
 def test_a_schedule_goes_on_from_a_checkpoint_with_its_values_and_tensors(tmp_path: Path):
     session = saved(Counting(), tmp_path / "checkpoint-2")
     stored = load_file(tmp_path / "checkpoint-2" / STATE_FILE)

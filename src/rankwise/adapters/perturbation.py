@@ -33,6 +33,7 @@ __all__ = [
     "gathered",
     "perturbed_layers",
     "weight_row_squares",
+    "without_autocast",
 ]
 
 _CACHE_BLOCK = 2**16
@@ -105,6 +106,8 @@ class PerturbedLayer:
         elif self._base.__dict__.get("forward") == self._forward:  # else somebody wrapped it, and passes through it
             del self._base.forward
 
+    # torch.compile leaves these out: what acts is another object at every step, and would be traced anew each time.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, x: Tensor) -> Tensor:
         by, base = self.by, self._base
         if by is None or not _acts(self._layer):
@@ -120,6 +123,7 @@ class PerturbedLayer:
             base.bias,
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         by = self.by
         if by is None or not _acts(self._layer):
@@ -258,7 +262,7 @@ class _NoisyLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, std: Tensor, draw: _Draw) -> Tensor:
         ctx.save_for_backward(weight, std)
         ctx.draw, ctx.x_dtype = draw, x.dtype
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             dense = draw.around(weight, std)
             return functional.linear(x.to(draw.dtype), dense, None if bias is None else bias.to(draw.dtype))
 
@@ -267,7 +271,7 @@ class _NoisyLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        with _without_autocast(gradient.device.type):
+        with without_autocast(gradient.device.type):
             dense = ctx.draw.around(*ctx.saved_tensors)
             return (gradient.to(ctx.draw.dtype) @ dense).to(ctx.x_dtype), None, None, None, None
 
@@ -324,7 +328,8 @@ def weight_row_squares(layer: AdaptedLayer) -> Float[Tensor, " out"]:
             "before fully_shard or the engine takes the model"
         )
     weight = layer.base.weight(torch.float32 if layer.base.quantized else stored.dtype)
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # MPS has no float64
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
     return norms.square().to(torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -371,5 +376,6 @@ def _acts(layer: AdaptedLayer) -> bool:
     return bool(module.training and switched_on)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Inside, tensors are computed with as they are, also where autocast is on around it."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -20,7 +20,7 @@ def gram_norm(left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"]) -> 
     Relative to |left| |right| it is exact to rounding; where the parts of the product nearly cancel, `product_norm`
     of `factors` (by QR) keeps more digits. Only the k x k matrices are float64: there large terms cancel.
     """
-    squares = ((left.mT @ left).double() * (right @ right.mT).double()).sum(dim=(-2, -1))
+    squares = (_widest(left.mT @ left) * _widest(right @ right.mT)).sum(dim=(-2, -1))
     return squares.clamp(min=0).sqrt().to(left.dtype)
 
 
@@ -44,3 +44,8 @@ def updated_row_squares(
     """
     own = (lora_B @ (lora_A @ lora_A.mT)) * lora_B
     return (weight_squares + (2 * scaling * products * lora_B + scaling**2 * own).sum(dim=-1)).clamp(min=0)
+
+
+def _widest(matrix: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return matrix if matrix.device.type == "mps" else matrix.double()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
-from rankwise.adapters.perturbation import LowRank, PerturbedLayer, RowNoise
+from rankwise.adapters.perturbation import LowRank, PerturbedLayer, RowNoise, without_autocast
 from rankwise.errors import CheckpointError, ConfigError
 
 __all__ = ["PerturbationRule", "PerturbationSchedule", "like", "state_faults"]
@@ -100,14 +101,17 @@ class PerturbationSchedule:
         """Fixes the perturbation of this step; a second call within the step changes nothing."""
         if self._on_for != step:
             self._switch_off()  # a step that an exception ended
-            self._rule.switch_on(step)
+            with self._exactly():
+                self._rule.switch_on(step)
             self._on_for = step
 
     @torch.no_grad()
     def before_optimizer_step(self, step: int) -> None:
         """Switches off, then takes the norms of the clipped gradients."""
         self._switch_off()
-        if not self._rule.learn():
+        with self._exactly():
+            learned = self._rule.learn()
+        if not learned:
             self._warn(
                 "no layer had a gradient before the optimizer's step: is `before_optimizer_step` called after it, or "
                 "does an engine keep the gradients?"
@@ -165,6 +169,11 @@ class PerturbationSchedule:
                 "run's own checkpoint"
             )
         self._step = int(state["step"])
+
+    def _exactly(self) -> AbstractContextManager[Any]:
+        """A loop may call a step's start under autocast; norms are not for 16 bits."""
+        layer = next(iter(self._rule.layers.values()), None)
+        return without_autocast("cpu" if layer is None else layer.lora_A.device.type)
 
     def _switch_off(self) -> None:
         if self._on_for is not None:

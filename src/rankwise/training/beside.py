@@ -93,7 +93,8 @@ def make_schedule(
         model=model,
         layers=layers,
         seed=seed,
-        offsets={} if offset is None else offset.pairs,
+        # `base` has subtracted them from the weights that the schedule sees.
+        offsets={} if offset is None or offset.place == "base" else offset.pairs,
         validation=validation,
         loss=loss,
     )
