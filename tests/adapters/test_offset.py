@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rankwise.adapters.attach import AdaptedLayer, adapted_layers, adapter_disabled, write_factors
 from rankwise.adapters.fingerprint import weights_fingerprint
-from rankwise.adapters.offset import LiveOffset
-from rankwise.adapters.state import FactorPair
+from rankwise.adapters.offset import LiveOffset, live_offset
+from rankwise.adapters.state import STATE_FILE, FactorPair, FoldState
 from rankwise.errors import ArtifactError, ConfigError, ExportError, ModelError
 from tests.export.trained import trained
 from tests.support.models import causal_batch, tiny_llama
@@ -383,6 +384,80 @@ def test_beside_the_adapter_the_base_is_always_as_found():
         assert weights_fingerprint(model) == before
 
 
+def test_the_offset_is_found_on_the_model_until_it_is_closed():
+    model, layers, pairs = started()
+    assert live_offset(model) is None
+    offset = LiveOffset(model, layers, pairs, "adapter")
+    assert live_offset(model) is offset
+    assert live_offset(model, "other") is None
+    twin = copy.deepcopy(model)
+    assert live_offset(twin) is not offset
+    live_offset(twin).close()  # takes nothing off the original
+    assert (live_offset(twin), live_offset(model)) == (None, offset)
+    offset.close()
+    assert live_offset(model) is None
+
+
+def test_a_plain_save_leaves_the_pairs_beside_the_factors_until_the_offset_is_closed(tmp_path):
+    model, layers, pairs = started()
+    offset = LiveOffset(model, layers, pairs, "adapter")
+    model.save_pretrained(tmp_path / "live", selected_adapters=["default"])
+    stored = FoldState.load(tmp_path / "live" / STATE_FILE)
+    assert stored.offsets.keys() == pairs.keys()
+    assert all(torch.equal(stored.offsets[n].lora_B, pairs[n].lora_B) for n in pairs)
+    assert (tmp_path / "live" / "adapter_model.safetensors").is_file()
+    model.save_pretrained(tmp_path / "second", is_main_process=False)
+    assert not (tmp_path / "second" / STATE_FILE).exists()
+    with pytest.raises(ExportError, match="rankwise export"):
+        model.save_pretrained(tmp_path / "third", path_initial_model_for_weight_conversion=str(tmp_path / "live"))
+    offset.close()
+    model.save_pretrained(tmp_path / "closed")
+    assert not (tmp_path / "closed" / STATE_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_rounding_of_a_16_bit_base_is_measured(name):
+    model, layers, pairs = started(name)
+    model.to(torch.bfloat16)
+    before = {n: layer.base.module.weight.detach().double() for n, layer in layers.items()}
+    offset = LiveOffset(model, layers, pairs, "base")
+    for n, layer in layers.items():
+        update = layer.scaling * pairs[n].lora_B.double() @ pairs[n].lora_A.double()
+        update = update.T if name == "gpt2" else update
+        error = torch.linalg.matrix_norm(layer.base.module.weight.double() - before[n] + update)
+        assert offset.cast_errors[n] == pytest.approx(float(error), rel=1e-3)
+        assert error > 0
+    assert "to bfloat16 changed the weights by up to" in offset.notes[0]
+    offset.close()
+    assert offset.cast_errors == {}
+
+
+class Recorded(TorchFunctionMode):
+    """The precision of each product of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") in ("matmul", "__matmul__"):
+            self.seen.append((torch.get_float32_matmul_precision(), found.dtype))
+        return found
+
+
+def test_a_base_is_moved_in_full_float32_whatever_the_caller_has_switched_on():
+    model, layers, pairs = started()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Recorded() as recorded, torch.autocast("cpu", torch.bfloat16):
+            LiveOffset(model, layers, pairs, "base").close()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert recorded.seen == [("highest", torch.float32)] * len(layers)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +481,7 @@ def test_a_packed_base_takes_the_offset_beside_the_adapter_and_refuses_to_be_wri
     model, layers = packed()
     write_factors(layers["0"], torch.ones(1, 2), torch.ones(2, 1))
     pairs = {"0": FactorPair(torch.ones(1, 2), torch.ones(2, 1))}
-    with pytest.raises(ConfigError, match=r"quantized \(8bit, torch\.int8\); use lora_ga\.offset: adapter"):
+    with pytest.raises(ConfigError, match=r"quantized \(8bit, torch\.int8\); use lora-ga\.offset: adapter"):
         LiveOffset(model, layers, pairs, "base")
     stored = layers["0"].base.module.weight.detach().clone()
     LiveOffset(model, layers, pairs, "adapter")
@@ -426,7 +501,7 @@ def emptied(layer: AdaptedLayer) -> None:
 def test_a_sharded_base_refuses_to_be_written(shard: Callable[[AdaptedLayer], None]):
     model, layer = one_layer()
     shard(layer)
-    with pytest.raises(ConfigError, match=r"0: .* sharded; use lora_ga\.offset: adapter"):
+    with pytest.raises(ConfigError, match=r"0: .* sharded; use lora-ga\.offset: adapter"):
         LiveOffset(model, {"0": layer}, {"0": FactorPair(torch.ones(1, 2), torch.ones(2, 1))}, "base")
 
 

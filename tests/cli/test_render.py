@@ -54,6 +54,8 @@ COST = {
     "gradient_bytes": 8_000,
     "optimizer_bytes": 16_000,
     "activation_bytes": 5 * 10**8,
+    "schedule_bytes": 0,
+    "base_copy_bytes": 0,
     "steps": 100,
     "micro_batches": 2,
     "micro_batch_seconds": 0.6,

@@ -10,12 +10,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from rankwise.adapters.checkpoint import save_native
+from rankwise.adapters.state import STATE_FILE
 from rankwise.errors import ArtifactError
 from rankwise.export.audit import check_folder
 from rankwise.export.write import export_adapter, export_folder
+from rankwise.methods.lora_ga import LoRAGA
 from rankwise.ranks.shapes import ScalingRule
+from rankwise.training.attach import attach
 from tests.export.trained import trained
-from tests.support.models import tiny_llama
+from tests.support.models import causal_batch, tiny_llama
 
 
 @pytest.fixture
@@ -66,6 +69,23 @@ def test_a_rank_off_tgi_s_grid_is_named_and_mended_without_spoiling_the_verdict(
     assert audit.command.endswith("--for tgi")
     export_folder(tmp_path / "a", tmp_path / "b", consumers=("tgi",))
     assert check_folder(tmp_path / "b").command is None
+
+
+@pytest.mark.parametrize("save", ["checkpoint", "plain"])
+def test_factors_beside_an_offset_are_never_served_alike_and_the_command_mends_them(tmp_path, save):
+    session = attach(tiny_llama(), LoRAGA(), r=4, calibration=[causal_batch(0)])
+    source = tmp_path / "a"
+    session.save(source) if save == "checkpoint" else session.model.save_pretrained(source)
+    session.close()
+    audit = check_folder(source)
+    assert not audit.served_alike
+    assert "trained beside an offset: served as it is, it computes something else" in audit.faults
+    words = shlex.split(audit.command)
+    assert words == ["rankwise", "export", str(source), "-o", f"{source}-uniform", "--layout", "uniform"]
+    export_folder(words[2], words[4], layout=words[6])
+    assert check_folder(words[4]).served_alike
+    (source / STATE_FILE).unlink()
+    assert check_folder(source).served_alike == (save == "plain")
 
 
 def test_saved_modules_point_to_merged_weights(tmp_path):

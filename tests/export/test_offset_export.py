@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rankwise.adapters.attach import adapted_layers, write_factors
 from rankwise.adapters.offset import LiveOffset
 from rankwise.adapters.state import STATE_FILE, FactorPair, FoldState
-from rankwise.errors import ArtifactError, ConfigError, VerificationError
+from rankwise.errors import ArtifactError, ConfigError, ExportError, VerificationError
 from rankwise.export.compress import compress_adapter
 from rankwise.export.files import peft_scaling, read_adapter, split_tensors
 from rankwise.export.fold import FoldedAdapter, fold
@@ -146,10 +146,66 @@ def test_the_base_is_moved_back_where_it_was_also_after_a_failure(tmp_path, monk
     assert torch.equal(logits(model), computed)
 
 
-def test_an_export_that_forgets_the_offset_is_caught(tmp_path):
-    model, _ = beside_offset()
-    with pytest.raises(VerificationError, match="logits"):
-        export_adapter(model, tmp_path / "out", batch=BATCH)
+@pytest.mark.parametrize("batch", [None, BATCH])
+@pytest.mark.parametrize("place", ["adapter", "base"])
+def test_an_export_that_forgets_the_offset_is_refused(tmp_path, place, batch):
+    model, offset = beside_offset(place=place)
+    with pytest.raises(ExportError, match=r"use session\.export\(folder\), or pass offset=session\.offset"):
+        export_adapter(model, tmp_path / "out", batch=batch)
+    with pytest.raises(ExportError, match="trains beside an offset"):
+        export_adapter(model, tmp_path / "out", batch=batch, state=FoldState())
+    assert not (tmp_path / "out").exists()
+    state = FoldState(offsets=offset.pairs)  # the live offset itself is found on the model
+    assert export_adapter(model, tmp_path / "out", batch=BATCH, state=state).logit_error <= 1e-5
+    offset.close()
+    export_adapter(model, tmp_path / "whole", batch=BATCH)  # the model now computes its whole update
+
+
+def test_a_start_without_any_offset_to_take_off_needs_none(tmp_path):
+    model, _ = trained("llama")
+    LiveOffset(model, adapted_layers(model), {}, "adapter")
+    assert export_adapter(model, tmp_path / "out", batch=BATCH).logit_error <= 1e-5
+
+
+def test_rounding_of_a_16_bit_base_is_told_against_the_trained_update(tmp_path):
+    session = attach(
+        tiny_llama().to(torch.bfloat16),
+        LoRAGA(offset="base"),
+        r=4,
+        calibration=[causal_batch(seed) for seed in range(2)],
+    )
+    assert sum("rounding W - s B0 A0 to bfloat16 changed the weights by up to" in note for note in session.notes) == 1
+    session.save(tmp_path / "checkpoint-0")
+    with pytest.raises(
+        VerificationError, match=r"q_proj: rounding changed the base weight by .*(?s:.)*offset: adapter"
+    ):
+        session.export(tmp_path / "out")
+    with pytest.raises(VerificationError, match="training by 0"):
+        export_folder(tmp_path / "checkpoint-0", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for number, layer in enumerate(session.layers.values()):
+        with torch.no_grad():
+            layer.lora_B.add_(0.1 * drawn(*layer.lora_B.shape, seed=number))
+    session.save(tmp_path / "checkpoint-1")
+    wanted = max(
+        error / float(torch.linalg.matrix_norm(layer.scaling * (layer.lora_B.detach() - start.lora_B) @ start.lora_A))
+        for (name, error), layer in zip(session.offset.cast_errors.items(), session.layers.values(), strict=True)
+        for start in [session.offset.pairs[name]]
+    )
+    for report in (
+        session.export(tmp_path / "live"),
+        export_folder(tmp_path / "checkpoint-1", tmp_path / "stored"),
+    ):
+        (note,) = [note for note in report.notes if "rounding of the 16-bit base" in note]
+        assert f"up to {wanted:.3g} of the trained update" in note
+    session.close()
+
+
+def test_rounding_of_a_float32_base_is_not_told():
+    session = attach(tiny_llama(), LoRAGA(offset="base"), r=4, calibration=[causal_batch(0)])
+    assert session.offset.cast_errors == {}
+    assert not any("rounding" in note for note in session.notes)
+    session.close()
 
 
 class Linear8bitLt(torch.nn.Linear):
@@ -216,6 +272,63 @@ def test_a_state_that_lacks_a_layer_is_refused(tmp_path):
     (checkpoint / "rankwise.json").write_text(json.dumps(marker))
     with pytest.raises(ArtifactError, match=f"lacks the offset of {lost}"):
         export_folder(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["adapter", "base"])
+def test_a_plain_save_is_exported_whole(tmp_path, place):
+    model, offset = beside_offset(place=place)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "trainer_state.json").write_text("{}")  # Trainer.save_state
+    report = export_folder(tmp_path / "plain", tmp_path / "out", base=tiny_llama(), batch=BATCH)
+    assert report.logit_error <= 1e-5
+    found = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval())
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    offset.close()
+    model.save_pretrained(tmp_path / "closed")
+    assert not (tmp_path / "closed" / STATE_FILE).exists()
+
+
+def plainly_saved(folder: Path) -> Path:
+    """As stock Trainer leaves a checkpoint of an adapter."""
+    model, _ = trained("llama")
+    model.save_pretrained(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_an_unfinished_checkpoint_of_a_run_is_refused(tmp_path):
+    """By what lies in it, beside it or above it."""
+    session, checkpoint = session_of(tmp_path)
+    unfinished = plainly_saved(checkpoint.parent / "checkpoint-5")
+    with pytest.raises(ArtifactError, match=r"checkpoint-5: an unfinished checkpoint: its marker rankwise\.json"):
+        export_folder(unfinished, tmp_path / "out")
+    session.model.save_pretrained(tmp_path / "alone" / "checkpoint-7")
+    with pytest.raises(ArtifactError, match="an unfinished checkpoint"):
+        export_folder(tmp_path / "alone" / "checkpoint-7", tmp_path / "out")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "rankwise.json").write_text('{"format": "rankwise-run"}')
+    for name in ("checkpoint-3", "renamed"):
+        with pytest.raises(ArtifactError, match="an unfinished checkpoint"):
+            export_folder(plainly_saved(tmp_path / "above" / name), tmp_path / "out")
+    (checkpoint / "rankwise.json").write_text("{")
+    with pytest.raises(ArtifactError, match="missing or damaged"):
+        export_folder(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_of_another_step_than_the_marker_s_are_refused(tmp_path):
+    session, checkpoint = session_of(tmp_path)
+    with torch.no_grad():
+        next(iter(session.layers.values())).lora_B.add_(1.0)
+    session.model.save_pretrained(checkpoint)  # Trainer, killed before the callback took the marker away
+    with pytest.raises(ArtifactError, match="is not the file that was written with this checkpoint"):
+        export_folder(checkpoint, tmp_path / "out")
+
+
+def test_a_checkpoint_of_a_stock_run_is_exported_with_a_note(tmp_path):
+    report = export_folder(plainly_saved(tmp_path / "run" / "checkpoint-5"), tmp_path / "out")
+    assert any("taken for a stock PEFT run's" in note for note in report.notes)
 
 
 def test_without_an_offset_the_plain_adapter_is_right(tmp_path):

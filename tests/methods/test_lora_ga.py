@@ -198,8 +198,12 @@ def test_capped_ranks_start_as_plain_lora_s():
 
 
 def test_a_layer_of_one_feature_has_nothing_to_start_from():
-    factors = start_of(LoRAGA(on_small="cap"), layer_of(random(6, 1)), 1)
+    layer = layer_of(random(6, 1))
+    factors = start_of(LoRAGA(on_small="cap"), layer, 1)
     assert not factors.lora_B.any()
+    (note,) = LoRAGA(on_small="cap").start_notes(statistics({"l": layer}), {"l": factors}, 0)
+    assert "a single singular vector in layer l" in note
+    assert "started as plain LoRA, without an offset" in note
 
 
 def statistics(layers, **changed):
@@ -418,3 +422,10 @@ def test_notes_tell_the_error_in_all_and_by_layer(caplog):
         statistics(many), started, 0
     )[1].replace(f"{error:.2f}", "0.13")
     assert LoRAGA().start_notes(None, start, 0) == ()
+
+
+def test_peft_s_variant_is_told_no_error_because_its_direction_is_not_that_of_unit_vectors():
+    layer, zero, method = layer_of(gapped(12, 10)), layer_of(torch.zeros(12, 10)), LoRAGA(variant="peft")
+    start = {"one": start_of(method, layer, 2), "two": start_of(method, zero, 2)}
+    (note,) = method.start_notes(statistics({"one": layer, "two": zero}), start, 0)
+    assert "no gradient in layer two" in note

@@ -131,6 +131,17 @@ def test_a_plan_of_lower_ranks_suits_small_layers():
     assert torch.equal(logits(session.model), logits(tiny_llama()))
 
 
+@pytest.mark.parametrize("power_iterations", [0, 1])
+def test_a_sketch_is_as_wide_as_each_layer_of_an_uneven_plan_needs(power_iterations):
+    made = plan(tiny_llama(), "lora", r=2, lora_alpha=16)
+    name = "model.layers.1.mlp.down_proj"
+    edited = made.with_ranks({**dict.fromkeys(made.ranks, 1), name: 12})
+    method = LoRAGA(statistics="sketch", power_iterations=power_iterations)
+    session = session_of(method, plan=edited, r=2)
+    assert session.layers[name].lora_B.any(0).all()
+    assert session.layers[name].rank == 12
+
+
 class Gated(nn.Module):
     """One layer of which the loss sees only zeros, beside one that it sees."""
 

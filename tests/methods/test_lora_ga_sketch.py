@@ -1,6 +1,7 @@
 """LoRA-GA from a sketch: as good as its readings allow, with an error of its own that is right."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +193,16 @@ def test_a_rank_beyond_the_sketch_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"rank 9 in the plan needs 18 singular vectors, .*statistics: exact"):
         started(LoRAGA(statistics="sketch"), layer, 3, rank=9)
     assert started(LoRAGA(statistics="sketch"), layer, 3, rank=7).lora_A.shape == (7, 50)
+
+
+def test_another_rank_of_a_layer_is_another_question():
+    layer = known("l", random(60, 50), gapped(60, 50)).shape
+    budget, method = budget_of([layer], 3), LoRAGA(statistics="sketch")
+    even = method.request([layer], replace(budget, ranks={"l": 3}), 0)
+    wide = method.request([layer], replace(budget, ranks={"l": 9}), 0)
+    assert even.identity == method.request([layer], budget, 0).identity != wide.identity
+    assert len(even.projection(layer)) == HELD_OUT + 2 * 3 + 8
+    assert len(wide.projection(layer)) == HELD_OUT + 2 * 9 + 8
 
 
 def test_statistics_of_another_request_are_refused():

@@ -216,6 +216,32 @@ def test_what_cannot_run_there_is_refused_with_what_would(
         recipe.check(situation)
 
 
+def test_under_deepspeed_only_what_trains_is_recommended() -> None:
+    for method in (RITE, GGPO, SORA):  # its optimizer cannot be watched, whatever the recipe
+        with pytest.raises(RecipeError) as caught:
+            Recipe.of([method]).check(Situation(deepspeed=2))
+        (told,) = caught.value.faults
+        assert "(DDP)" in told
+        assert "use lora" not in told
+
+
+@pytest.mark.parametrize(("situation", "keeper"), [(Situation(optim="adafactor"), "adafactor"), (Situation(), "")])
+def test_a_momentum_that_mgpo_may_not_keep_itself_must_be_the_optimizers(situation: Situation, keeper: str) -> None:
+    never, off = (method_from_id("mgpo", {"own_momentum": "never", **more}) for more in ({}, {"rho": 0.0}))
+    refusal = "mgpo.own_momentum: never, and {} keeps no momentum of the gradients that could be read; use auto"
+    if keeper:
+        with pytest.raises(RecipeError, match=refusal.format(keeper)):
+            Recipe.of(never).check(situation)
+    else:
+        Recipe.of(never).check(situation)
+    with pytest.raises(RecipeError, match=refusal.format("lora-rite")):
+        Recipe.of([RITE, never])
+    Recipe.of([RITE, method_from_id("mgpo")]).check(situation)
+    Recipe.of(off).check(situation)
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        Recipe.of(never).check(Situation(optim=optim))
+
+
 @pytest.mark.parametrize(
     ("methods", "situation"),
     [

@@ -49,6 +49,14 @@ class Counter:
     def figures(self) -> dict[str, float]:
         return {"counting_steps": float(self.steps)}
 
+    def remarks(self) -> tuple[str, ...]:
+        return ()
+
+    def fault(self) -> None: ...
+
+    def memory_bytes(self) -> int:
+        return 0
+
     def close(self) -> None:
         while self.handles:
             self.handles.pop().remove()

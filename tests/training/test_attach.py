@@ -16,6 +16,7 @@ from rankwise.adapters.fingerprint import architecture_fingerprint, weights_fing
 from rankwise.errors import BudgetError, CalibrationError, ConfigError, ModelError, PlanError, TargetError
 from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
+from rankwise.methods.lora_ga import LoRAGA
 from rankwise.methods.rora import RoRA
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import ScalingRule, uniform_budget
@@ -188,6 +189,25 @@ def test_the_cache_answers_the_same_question_without_a_pass(tmp_path: Path):
         assert torch.equal(layer.lora_B, second.layers[name].lora_B)
     with pytest.raises(CalibrationError, match="another"):
         attach(tiny_llama(seed=1), GoRA(), r=4, calibration=source)
+
+
+def test_whole_gradients_are_kept_only_where_that_is_wanted(tmp_path: Path):
+    file = tmp_path / "statistics.safetensors"
+    for cached in (False, True):
+        source = Calibration(batches=BATCHES, cache=file, cache_gradients=cached)
+        attach(tiny_llama(), LoRAGA(), r=4, calibration=source)
+        assert file.exists() == cached
+    for name, method in (("products", LoRAGA(statistics="sketch")), ("scores", GoRA())):
+        source = Calibration(batches=BATCHES, cache=tmp_path / name, cache_gradients=False)
+        attach(tiny_llama(), method, r=4, calibration=source)
+        assert (tmp_path / name).exists()
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "file").touch()
+    source = Calibration(batches=BATCHES, cache=tmp_path / "file" / "statistics.safetensors")
+    assert attach(tiny_llama(), GoRA(), r=4, calibration=source).calibration is not None
+    assert "was not written" in caplog.text
 
 
 def test_a_bf16_base_carries_float32_factors():

@@ -51,6 +51,14 @@ class Recorder:
     def figures(self) -> dict[str, float]:
         return {"recorder_calls": float(len(self.calls))}
 
+    def remarks(self) -> tuple[str, ...]:
+        return ()
+
+    def fault(self) -> None: ...
+
+    def memory_bytes(self) -> int:
+        return 0
+
     def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:

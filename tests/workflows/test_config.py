@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.errors import ConfigError, RecipeError
-from rankwise.methods.recipe import METHODS
+from rankwise.methods.recipe import LORA_OPTIONS, METHODS
 from rankwise.methods.rora import RoRA
 from rankwise.workflows.config import RunConfig, build_recipe, load_config
 from rankwise.workflows.config_training import DEFAULTS, OWNED, training_schema
@@ -146,6 +146,13 @@ def test_keys_of_the_other_task_are_refused(write: Write) -> None:
 def test_arguments_that_rankwise_owns_are_refused_with_the_reason(write: Write, key: str) -> None:
     (found,) = faults(write(MINIMAL + f"training: {{{key}: true}}\n"))
     assert found == f":3: unknown key 'training.{key}' (rankwise sets it: {OWNED[key]})"
+
+
+@pytest.mark.parametrize("key", ["bias", "init_lora_weights", *LORA_OPTIONS])
+def test_options_of_pefts_lora_that_no_method_allows_are_refused_with_the_reason(write: Write, key: str) -> None:
+    for text, full in ((f"{key}: true", key), (f"rora: {{{key}: true}}", f"rora.{key}")):
+        (found,) = faults(write(MINIMAL + text + "\n"))
+        assert found == f":3: unknown key '{full}' ({LORA_OPTIONS[key]})"
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "a: b: c", "- model\n"])

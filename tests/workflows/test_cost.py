@@ -102,3 +102,23 @@ def test_tied_weights_count_once() -> None:
 
     weight = torch.zeros(10)
     assert sum(_storage_bytes([weight, weight.view(2, 5)]).values()) == 40
+
+
+def test_the_memory_of_a_schedule_and_of_a_base_kept_to_go_back_to_is_counted(classification: MakeConfig) -> None:
+    training = {"max_steps": 2}
+    plain = told(classification(method="lora", training=training))
+    assert (plain.schedule_bytes, plain.base_copy_bytes) == (0, 0)
+    pairs = 4 * (plain.trained_parameters - HEAD)
+    noise = told(classification(method="ggpo", training=training))
+    assert noise.schedule_bytes > 128 * 2**20, "W + E is kept on a CPU as far as 128 MiB go"
+    assert noise.memory_bytes - noise.schedule_bytes == (
+        noise.model_bytes + noise.gradient_bytes + noise.optimizer_bytes + noise.activation_bytes
+    )
+    read = told(classification(method="mgpo", training=training))
+    own = told(classification(method=["lora-rite", "mgpo"], training=training))
+    assert read.schedule_bytes >= 2 * pairs, "the two factors of the term have twice the rank"
+    assert own.schedule_bytes == read.schedule_bytes + pairs, "a momentum of every factor"
+    moved = told(classification(method="lora-ga", **{"lora-ga": {"offset": "base"}}, training=training))
+    # Two blocks: query, key, value and output of 32 x 32, and two of 32 x 64.
+    assert moved.base_copy_bytes == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert moved.model_bytes == plain.model_bytes

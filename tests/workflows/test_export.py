@@ -56,6 +56,12 @@ def test_a_foreign_adapter_is_exported_too(llama: Path, tmp_path: Path) -> None:
     assert export(tmp_path / "foreign", tmp_path / "served").layers == 2
 
 
+def test_an_unfinished_checkpoint_is_refused_before_a_base_model_is_loaded(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoint-4" / "rankwise.json").unlink()
+    with pytest.raises(ArtifactError, match="an unfinished checkpoint"):
+        export(run / "checkpoint-4", tmp_path / "out", base_model=str(tmp_path / "none"))
+
+
 def test_what_holds_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist"):
         export(tmp_path / "none", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,28 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_statisti
     train(config, events.append)
     (calibration,) = [event for event in events if type(event).__name__ == "PhaseDone" and event.phase == "calibration"]
     assert calibration.detail == "kept from before"
+
+
+def test_whole_gradients_are_not_kept_in_the_run_s_folder(classification: MakeConfig) -> None:
+    result = train(classification(method="lora-ga", training={"max_steps": 2}, **{"lora-ga": {"on_small": "cap"}}))
+    assert not (result.folder / "calibration.safetensors").exists()
+
+
+def test_a_calibration_cache_that_cannot_be_written_does_not_end_the_run(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def full(source: Any, target: Any) -> Any:
+        if Path(source).name == "calibration.safetensors":
+            raise OSError(28, "No space left on device")
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    events: list[Event] = []
+    result = train(classification(training={"max_steps": 2}), events.append)
+    assert not list(result.folder.glob("*calibration.safetensors*"))
+    assert any("No space left" in event.text for event in events if isinstance(event, Note))
 
 
 def test_a_run_killed_while_it_exports_ends_with_the_adapter_it_had_trained(

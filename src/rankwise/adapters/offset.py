@@ -5,13 +5,19 @@
 `adapter` takes B0 A0 x off the output of lora_B, before PEFT multiplies by s, rounds and adds: so it acts exactly where
 PEFT's own product acts (adapter active, not disabled, not merged; mixed batches; autocast; quantized bases), reads the
 same s, and while B A = B0 A0 without dropout the difference is exactly zero in every dtype. x is what PEFT hands to
-lora_dropout, cast as lora_A wants it. `base` writes W - s B0 A0 into the base weight and gives W back on close.
+lora_dropout, cast as lora_A wants it. `base` writes W - s B0 A0 into the base weight and gives W back on close; on a
+base narrower than float32 the rounding of that sum is measured, because no adapter can hold it.
+
+The factors alone are then another function, so merging is refused, and `save_pretrained` writes the pairs beside them.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -21,14 +27,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from rankwise.adapters.attach import AdaptedLayer, peft_model_of
-from rankwise.adapters.state import FactorPair
+from rankwise.adapters.state import STATE_FILE, FactorPair, FoldState
 from rankwise.errors import ArtifactError, ConfigError, ExportError, ModelError
+from rankwise.linalg.precision import full_float32
 
-__all__ = ["LiveOffset", "OffsetSite"]
+__all__ = ["LiveOffset", "OffsetSite", "live_offset"]
 
 OffsetSite = Literal["adapter", "base"]
 
 _MERGES = ("merge_adapter", "merge_and_unload", "unload")
+
+
+def live_offset(model: nn.Module, adapter_name: str = "default") -> "LiveOffset | None":
+    """The offset that is in place on a PEFT model beside this adapter, None if there is none."""
+    found = getattr(model.__dict__.get("save_pretrained"), "__self__", None)
+    return found if isinstance(found, LiveOffset) and found.adapter_name == adapter_name else None
 
 
 class LiveOffset:
@@ -62,6 +75,8 @@ class LiveOffset:
             name: FactorPair(_frozen(pair.lora_A), _frozen(pair.lora_B)) for name, pair in pairs.items()
         }
         self.place = place
+        self.adapter_name = next((layer.adapter_name for layer in layers.values()), "default")
+        self._model = peft_model_of(model)
         self._undo: list[Callable[[], None]] = []
         self._moved: list[_MovedBase] = []
         live = {name: pair for name, pair in self.pairs.items() if bool(pair.lora_A.any()) and bool(pair.lora_B.any())}
@@ -71,7 +86,26 @@ class LiveOffset:
             self._undo += [moved.restore for moved in self._moved]
         else:
             self._undo += [_Subtraction(layers[name], pair).remove for name, pair in live.items()]
-        self._refuse_merging(model, [layers[name] for name in self.pairs])
+        self._shadow_methods([layers[name] for name in self.pairs])
+
+    @property
+    def cast_errors(self) -> dict[str, float]:
+        """By layer, ||W' - W + s B0 A0||_F of the weight W' that `base` wrote; only layers narrower than float32."""
+        return {moved.name: moved.cast_error for moved in self._moved if moved.cast_error is not None}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: the largest rounding of a base weight that was written."""
+        shares = {m.name: (m.cast_error / m.start_norm, m.dtype) for m in self._moved if m.cast_error is not None}
+        if not shares:
+            return ()
+        worst = max(shares, key=lambda name: shares[name][0])
+        share, dtype = shares[worst]
+        return (
+            f"lora-ga.offset: base: rounding W - s B0 A0 to {str(dtype).removeprefix('torch.')} changed the weights by "
+            f"up to {share:.2g} of the start's update ({worst}); training sees that change and an exported adapter "
+            "cannot hold it: offset: adapter makes none",
+        )
 
     def close(self) -> None:
         """Takes every hook off, gives the base its own weights back, and lets the adapter be merged again."""
@@ -92,14 +126,33 @@ class LiveOffset:
                 for base in moved:
                     base.shift()
 
-    def _refuse_merging(self, model: nn.Module, layers: list[AdaptedLayer]) -> None:
-        """PEFT would merge s B A alone, or drop the adapter and leave a moved base behind."""
-        tuner: Any = peft_model_of(model).base_model
-        shadowed: list[tuple[Any, str]] = [(tuner, name) for name in _MERGES]
-        shadowed += [(layer.module, "merge") for layer in layers]
-        for module, name in shadowed:
-            module.__dict__[name] = _refuse_merge
-            self._undo.append(partial(module.__dict__.pop, name, None))
+    def _shadow_methods(self, layers: list[AdaptedLayer]) -> None:
+        """PEFT would merge or save s B A alone, or drop the adapter and leave a moved base behind."""
+        tuner: Any = self._model.base_model
+        shadows: list[tuple[Any, str, Callable[..., Any]]] = [(tuner, name, _refuse_merge) for name in _MERGES]
+        shadows += [(layer.module, "merge", _refuse_merge) for layer in layers]
+        shadows.append((self._model, "save_pretrained", self._save_pretrained))
+        for module, name, shadow in shadows:
+            module.__dict__[name] = shadow
+            self._undo.append(partial(_unshadow, module, name))
+
+    def _save_pretrained(self, save_directory: str | PathLike[str], *positional: Any, **named: Any) -> Any:
+        """PEFT's own, with the pairs beside the factors; they come first, so that no whole adapter lacks them."""
+        original: Any = type(self._model).save_pretrained
+        given = inspect.signature(original).bind(self._model, str(save_directory), *positional, **named)
+        if given.arguments.get("path_initial_model_for_weight_conversion") is not None:
+            raise ExportError(
+                "path_initial_model_for_weight_conversion: PEFT's conversion does not know this start (lora-ga's, "
+                f"which lies in {STATE_FILE}): save without it, and run `rankwise export` on the folder"
+            )
+        selected = given.arguments.get("selected_adapters")
+        saved = selected is None or self.adapter_name in selected
+        if self.pairs and saved and given.arguments.get("is_main_process", True):
+            folder = Path(save_directory)  # PEFT puts every other adapter into a folder of its name
+            folder = folder if self.adapter_name == "default" else folder / self.adapter_name
+            folder.mkdir(parents=True, exist_ok=True)
+            FoldState(offsets=self.pairs).save(folder / STATE_FILE)
+        return original(*given.args, **given.kwargs)
 
 
 class _Subtraction:
@@ -131,7 +184,7 @@ class _Subtraction:
         if x is None:
             raise ModelError(
                 f"{self._name}: lora_B ran without the layer's lora_dropout before it, so that the start of lora-ga "
-                "cannot be subtracted: call the layer itself, or train with lora_ga.offset: base"
+                "cannot be subtracted: call the layer itself, or train with lora-ga.offset: base"
             )
         lora_A, lora_B = self._pair_for(x)
         return output - functional.linear(functional.linear(x, lora_A), lora_B)
@@ -149,20 +202,30 @@ class _MovedBase:
     """One base weight in `base` mode: W - s B0 A0, and W to go back to."""
 
     def __init__(self, layer: AdaptedLayer, pair: FactorPair) -> None:
+        self.name = layer.name
+        self.cast_error: float | None = None
+        self.start_norm = 0.0
         self._layer, self._pair, self._scaling = layer, pair, layer.scaling
         self._original = self._weight().detach().to("cpu", copy=True)
+        self.dtype = self._original.dtype
         self.shifted = False
         self.shift()
 
     def shift(self) -> None:
-        """W <- W - s B0 A0, in float32 (or wider), rounded to the base's dtype: the same bits every time."""
-        device, dtype = self._layer.base.device, torch.promote_types(self._original.dtype, torch.float32)
+        """W <- W - s B0 A0, in full float32 (or wider), rounded to the base's dtype: the same bits every time."""
+        device, dtype = self._layer.base.device, torch.promote_types(self.dtype, torch.float32)
         lora_A, lora_B = (factor.to(device, dtype) for factor in (self._pair.lora_A, self._pair.lora_B))
-        update = self._scaling * (lora_B @ lora_A)
+        with full_float32(), torch.autocast(device.type, enabled=False):
+            update = self._scaling * (lora_B @ lora_A)
         if self._layer.base.kind == "conv1d":
             update = update.T
-        self._write(self._original.to(device, dtype) - update)
+        original = self._original.to(device, dtype)
+        self._write(original - update)
         self.shifted = True
+        if self.cast_error is None and self.dtype.itemsize < 4:
+            moved = self._weight().detach().to(dtype) - original
+            self.cast_error = float(torch.linalg.vector_norm(moved + update))
+            self.start_norm = float(torch.linalg.vector_norm(update))
 
     def restore(self) -> None:
         """W, bit for bit."""
@@ -179,7 +242,7 @@ class _MovedBase:
         if _is_sharded(weight):
             raise ModelError(
                 f"{self._layer.name}: the base weight was sharded after lora-ga moved it, so that it cannot be given "
-                "back: use lora_ga.offset: adapter, which never writes it"
+                "back: use lora-ga.offset: adapter, which never writes it"
             )
         with torch.no_grad():
             weight.copy_(value)
@@ -213,15 +276,19 @@ def _refuse_base(layers: list[AdaptedLayer]) -> None:
         elif _is_sharded(weight):
             why = "sharded"
         if why is not None:
-            faults.append(f"{layer.name}: lora_ga.offset: base would write a weight that is {why}")
+            faults.append(f"{layer.name}: lora-ga.offset: base would write a weight that is {why}")
     if faults:
         more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
-        raise ConfigError(f"{faults[0]}{more}; use lora_ga.offset: adapter, which leaves the base weights alone")
+        raise ConfigError(f"{faults[0]}{more}; use lora-ga.offset: adapter, which leaves the base weights alone")
 
 
 def _is_sharded(weight: Tensor) -> bool:
     """FSDP2 (DTensor), FSDP1 (flattened) or ZeRO-3 (empty, with an id of its engine)."""
     return isinstance(weight, DTensor) or weight.dim() != 2 or hasattr(weight, "ds_id")
+
+
+def _unshadow(module: nn.Module, name: str) -> None:
+    module.__dict__.pop(name, None)
 
 
 def _refuse_merge(*_: object, **__: object) -> NoReturn:

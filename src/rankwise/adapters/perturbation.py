@@ -84,6 +84,8 @@ class PerturbedLayer:
 
     def __init__(self, layer: AdaptedLayer, scratch: "Scratch") -> None:
         self.by: RowNoise | LowRank | None = None
+        self.acted = False
+        """Whether a forward pass was perturbed since this was last set to False."""
         self._layer, self._scratch = layer, scratch
         self._base: Any = layer.base.module
         if self._base.weight.requires_grad:
@@ -112,6 +114,7 @@ class PerturbedLayer:
         by, base = self.by, self._base
         if by is None or not _acts(self._layer):
             return self._plain(x)
+        self.acted = True
         if isinstance(by, RowNoise):
             return self._noisy(x, base.weight, base.bias, by)
         if torch.is_autocast_enabled(x.device.type) or not x.dtype == base.weight.dtype == by.left.dtype:
@@ -128,6 +131,7 @@ class PerturbedLayer:
         by = self.by
         if by is None or not _acts(self._layer):
             return None
+        self.acted = True
         term = _term(args[0], by) if isinstance(by, LowRank) else self._noisy(args[0], None, None, by)
         return output + term.to(output.dtype)
 
@@ -181,6 +185,12 @@ class Scratch:
         self._arena: Tensor | None = None
         self._next = 0
         self._kept: dict[_Key, tuple[int, int, Tensor]] = {}
+        self._largest = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What was held at once, at most; on accelerators the largest W + E."""
+        return self._largest
 
     def written(
         self,
@@ -193,6 +203,7 @@ class Scratch:
         dtype = key[-1]
         if device.type != "cpu":
             target = torch.empty(shape, dtype=dtype, device=device)
+            self._largest = max(self._largest, target.nbytes)
             write(target)
             return target
         if key in self._kept:
@@ -202,6 +213,7 @@ class Scratch:
         if self._arena is None or self._arena.numel() < size:
             self.release()
             self._arena = torch.empty(max(size, _KEPT_BYTES), dtype=torch.uint8)
+            self._largest = self._arena.nbytes
         start = self._next if self._next + size <= self._arena.numel() else 0
         self._next = start + size
         self._kept = {old: e for old, e in self._kept.items() if e[1] <= start or e[0] >= self._next}

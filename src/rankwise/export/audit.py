@@ -11,6 +11,7 @@ from rankwise.errors import ArtifactError
 from rankwise.export.consumers import ConsumerVerdict, Rule, audit_files, rule_errors
 from rankwise.export.files import AdapterFiles, number, read_adapter, split_tensors, undeclared_tensors
 from rankwise.export.layouts import smallest_vllm_rank
+from rankwise.export.stored import what_to_fold
 
 __all__ = ["Audit", "check_folder"]
 
@@ -32,7 +33,8 @@ class Audit:
         verdicts: one a consumer.
         rule_errors: the worst relative error of an update under each scaling rule (see `consumers`), refusals aside.
         vllm_max_lora_rank: the smallest `max_lora_rank` of vLLM that holds the adapter; None above 512.
-        faults: what is wrong with the file whoever reads it.
+        faults: what is wrong with the file whoever reads it, or that the factors alone are another function (a method
+            keeps an offset, gates or boosters beside them).
         advice: what to do; empty where nothing is wrong.
         command: the command that mends it; None where nothing is wrong or nothing can be mended.
     """
@@ -89,10 +91,12 @@ def check_folder(folder: str | Path) -> Audit:
         raise ArtifactError(f"{folder}: {fault}") from fault
     ranks = [pair.rank for pair in pairs.values()]
     verdicts = tuple(audit_files(files.config, files.tensors))
-    faults = _faults(files, saved)
+    faults, beside = _faults(files, saved), " and ".join(what_to_fold(folder))
     named = files.config.get("base_model_name_or_path")
     base = named if isinstance(named, str) and named else None
-    advice, command = _advice(folder, verdicts, faults, saved, base)
+    advice, command = _advice(folder, verdicts, faults, saved, base, beside=bool(beside))
+    if beside:
+        faults += (f"trained beside {beside}: served as it is, it computes something else",)
     return Audit(
         folder=folder,
         base_model=base,
@@ -130,15 +134,20 @@ def _advice(
     faults: tuple[str, ...],
     saved: Mapping[str, Tensor],
     base: str | None,
+    *,
+    beside: bool,
 ) -> tuple[str, str | None]:
     if faults:
         return "The file itself is faulty; save it again from the trained model.", None
+    source, target = shlex.quote(str(folder)), shlex.quote(f"{folder}-uniform")
+    if beside:
+        advice = "Export it: that folds what lies beside the factors into them."
+        return advice, f"rankwise export {source} -o {target} --layout uniform"
     by_name = {verdict.consumer: verdict for verdict in verdicts}
     if by_name["peft"].status == "refuses":
         return "PEFT itself cannot load this; correct r or rank_pattern in adapter_config.json.", None
     if all(verdict.status == "ok" for verdict in verdicts):
         return "", None
-    source, target = shlex.quote(str(folder)), shlex.quote(f"{folder}-uniform")
     if saved:
         return (
             "modules_to_save is served by PEFT and transformers only; other servers need merged weights.",

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.adapters.attach import adapted_layers, modules_saved
+from rankwise.adapters.offset import LiveOffset, live_offset
 from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.errors import ArtifactError, ExportError
 from rankwise.export.files import (
@@ -102,7 +103,7 @@ def fold(
 
     Args:
         model: a PEFT model with a LoRA adapter.
-        state: what a method keeps beside the adapter; None if it keeps nothing.
+        state: what a method keeps beside the adapter; None if it keeps nothing. A live offset must be part of it.
         adapter_name: which adapter.
         empty_layers: layers that the plan gave no rank; they become layers of rank 0.
 
@@ -110,10 +111,12 @@ def fold(
         Copies on the CPU, independent of the model.
 
     Raises:
-        ExportError: a factor or a saved module holds NaN or Inf, or is empty (sharded and not gathered).
+        ExportError: a factor or a saved module holds NaN or Inf, or is empty (sharded and not gathered), or the model
+            trains beside an offset that `state` does not hold.
         ArtifactError: the adapter is not a plain LoRA.
     """
     state = state or FoldState()
+    _refuse_forgotten(live_offset(model, adapter_name), state)
     config: Any = model.peft_config[adapter_name]
     views = adapted_layers(model, adapter_name)
     layers = {}
@@ -208,6 +211,15 @@ def base_module_names(base: nn.Module) -> frozenset[str]:
             continue
         names.add(".".join(part for part in parts if part != "original_module"))
     return frozenset(names - {""})
+
+
+def _refuse_forgotten(offset: LiveOffset | None, state: FoldState) -> None:
+    forgotten = [] if offset is None else [name for name in offset.pairs if name not in state.offsets]
+    if forgotten:
+        raise ExportError(
+            f"{forgotten[0]}: this model trains beside an offset (lora-ga's start), and without it the exported "
+            "adapter would be wrong: use session.export(folder), or pass offset=session.offset"
+        )
 
 
 def _fold_layer(shape: LayerShape, pair: Pair, scaling: float, state: FoldState) -> FoldedLayer:

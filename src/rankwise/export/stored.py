@@ -2,16 +2,89 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from rankwise.adapters.checkpoint import WEIGHTS_FILE
 from rankwise.adapters.state import STATE_FILE, FoldState
 from rankwise.errors import ArtifactError
 
-__all__ = ["stored_state"]
+__all__ = ["refuse_unfinished", "stored_cast_errors", "stored_state", "what_to_fold"]
 
-# Written by training/marker.py, a higher layer.
-_MARKER, _FORMAT = "rankwise.json", "rankwise-checkpoint"
+# Written by training/marker.py and workflows/run_folder.py, higher layers.
+_MARKER, _FORMAT, _RUN_FORMAT = "rankwise.json", "rankwise-checkpoint", "rankwise-run"
+_TRAINER_STATE = "trainer_state.json"
+_KINDS = {"gates": "gates", "offsets": "an offset", "boosters": "boosters"}
+
+
+def refuse_unfinished(folder: Path) -> tuple[str, ...]:
+    """Refuses a checkpoint that rankwise began and never finished; a note where nobody can tell whose it is.
+
+    A folder called checkpoint-N, or with a trainer_state.json, is a checkpoint. With a marker it is finished, and its
+    factors must be those that the marker lists. Without one it is refused on any sign of rankwise: a state file in it,
+    a rankwise.json in the folder above, either of them in another checkpoint beside it. Two are let through. With no
+    sign it may be a stock PEFT run's, and is exported as the plain adapter that it says it is: wrong only for a method
+    with state of its own whose run lost every trace, and LoRA-GA's saves leave the state file even then. Under another
+    name, a state file means a plain `save_pretrained` of a whole adapter, which the state completes.
+
+    Returns:
+        Notes for the report.
+
+    Raises:
+        ArtifactError: unfinished.
+    """
+    marker = _json(folder / _MARKER)
+    if marker.get("format") == _FORMAT:
+        _refuse_another(folder / WEIGHTS_FILE, marker)
+    numbered = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
+    plain = not numbered and not (folder / _TRAINER_STATE).is_file()
+    if plain or marker.get("format") in (_FORMAT, _RUN_FORMAT):
+        return ()
+    own = (folder / STATE_FILE).is_file()
+    if own and not numbered:
+        return ()
+    above = folder.resolve().parent
+    others = [path for path in above.glob("checkpoint-*") if path.name != folder.resolve().name]
+    signs = [place / _MARKER for place in (folder, above, *others)] + [other / STATE_FILE for other in others]
+    if own or any(sign.is_file() for sign in signs):
+        raise ArtifactError(
+            f"{folder}: an unfinished checkpoint: its marker {_MARKER} is missing or damaged, so that what lies here "
+            "may be half of two steps, or lack what the method keeps beside the adapter. Export an earlier checkpoint "
+            "of the run, or save once more (session.save, or session.callback() given to the trainer)."
+        )
+    return (
+        f"{folder.name} has no marker of rankwise; it is taken for a stock PEFT run's and exported as it is. If "
+        "rankwise wrote it, it was never finished: export an earlier checkpoint.",
+    )
+
+
+def what_to_fold(folder: Path) -> tuple[str, ...]:
+    """What a folder's factors need folded in before anybody may serve them: "an offset", "gates", "boosters".
+
+    Raises:
+        ArtifactError: a damaged state file.
+    """
+    path = folder / STATE_FILE
+    state = FoldState.load(path) if path.is_file() else FoldState()
+    found = {key for key in _KINDS if getattr(state, key)}
+    if _layers_with_offset(_checkpoint_marker(folder)):
+        found.add("offsets")
+    return tuple(words for key, words in _KINDS.items() if key in found)
+
+
+def stored_cast_errors(folder: Path) -> dict[str, float]:
+    """By layer, how far rounding moved the base weight in training (`LiveOffset.cast_errors`); empty without a marker.
+
+    Raises:
+        ArtifactError: not numbers.
+    """
+    offset = _checkpoint_marker(folder).get("offset")
+    errors = offset.get("cast_errors", {}) if isinstance(offset, dict) else {}
+    if not isinstance(errors, dict) or not all(isinstance(e, float) and math.isfinite(e) for e in errors.values()):
+        raise ArtifactError(f"{folder / _MARKER}: offset.cast_errors are no numbers; export another checkpoint.")
+    return errors
 
 
 def stored_state(folder: Path) -> FoldState | None:
@@ -37,11 +110,16 @@ def stored_state(folder: Path) -> FoldState | None:
 
 def _checkpoint_marker(folder: Path) -> Mapping[str, object]:
     """The marker, empty for a folder that is no checkpoint of ours."""
+    content = _json(folder / _MARKER)
+    return content if content.get("format") == _FORMAT else {}
+
+
+def _json(path: Path) -> Mapping[str, object]:
     try:
-        content = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) and content.get("format") == _FORMAT else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _layers_with_offset(marker: Mapping[str, object]) -> list[str]:
@@ -51,9 +129,9 @@ def _layers_with_offset(marker: Mapping[str, object]) -> list[str]:
 
 def _refuse_another(path: Path, marker: Mapping[str, object]) -> None:
     files = marker.get("files")
-    listed = files.get(STATE_FILE) if isinstance(files, dict) else None
+    listed = files.get(path.name) if isinstance(files, dict) else None
     wanted = listed.get("sha256") if isinstance(listed, dict) else None
-    if wanted is not None and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
+    if wanted is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
         raise ArtifactError(
             f"{path} is not the file that was written with this checkpoint; put the right one back, or export another "
             "checkpoint of the run."

@@ -1,8 +1,8 @@
 """The proof that a written adapter is the trained one: files, updates, consumers' rules, and logits."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from rankwise.export.files import (
 from rankwise.export.fold import FoldedAdapter, FoldedLayer
 from rankwise.export.live import computed_logits, file_as_second_adapter, loaded_on_fresh
 from rankwise.linalg.factors import product_norm, relative_difference
+from rankwise.linalg.precision import full_float32
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Verification",
+    "cast_notes",
     "check_files",
     "compare_logits",
     "logit_difference",
@@ -46,6 +48,7 @@ Batch = Mapping[str, object]
 _EXACT_BOUND = 1e-5
 _HALF_BOUND = 1e-2
 _HALF_LOGIT_BOUND = 5e-2
+_SHOWN = 5
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -129,6 +132,40 @@ def verify(
         logit_bound=logit_bound,
         verdicts=verdicts,
         layers=len(folded.layers),
+    )
+
+
+def cast_notes(folded: FoldedAdapter, cast_errors: Mapping[str, float]) -> tuple[str, ...]:
+    """What the rounding of a moved base changed in training, against what was trained: no adapter can hold it.
+
+    Args:
+        folded: the trained adapter.
+        cast_errors: by layer, ||W' - W + s B0 A0||_F of a 16-bit base weight W' (`LiveOffset.cast_errors`).
+
+    Raises:
+        VerificationError: in some layer it is larger than the trained update itself.
+    """
+    trained = {name: folded.layers[name] for name in cast_errors}
+    norms = {n: product_norm(x.lora_A, x.lora_B) * x.scaling if x.rank else 0.0 for n, x in trained.items()}
+    faults = [
+        f"{name}: rounding changed the base weight by {error:.3g} (Frobenius), training by {norms[name]:.3g}"
+        for name, error in cast_errors.items()
+        if not error <= norms[name]
+    ]
+    if faults:
+        listed = [*faults[:_SHOWN], *([f"and {len(faults) - _SHOWN} more layers"] if len(faults) > _SHOWN else [])]
+        raise VerificationError(
+            "lora-ga.offset: base on a 16-bit base: the trained model differs from the base model more by rounding, "
+            "which the adapter does not hold, than by what was trained:\n  " + "\n  ".join(listed) + "\n"
+            "Train with lora-ga.offset: adapter, which rounds no base weight, or on a float32 base."
+        )
+    shares = {name: error / norms[name] for name, error in cast_errors.items() if error > 0}
+    if not shares:
+        return ()
+    worst = max(shares, key=lambda name: shares[name])
+    return (
+        f"warning: lora-ga.offset: base: rounding of the 16-bit base, in training only, is up to {shares[worst]:.3g} "
+        f"of the trained update ({worst}); the exported adapter does not hold it.",
     )
 
 
@@ -245,7 +282,7 @@ def _compare_logits(
 ) -> tuple[float | None, float | None]:
     if batch is None or (model is None and (fresh is None or reference is None)):
         return None, None
-    with _full_precision():
+    with full_float32():
         if reference is None:
             assert model is not None
             reference = computed_logits(model, batch)
@@ -298,15 +335,3 @@ def logit_difference(first: Tensor, second: Tensor) -> float:
         return math.inf
     difference, size = float((first - second).abs().max()), float(second.abs().max())
     return difference / size if size else (math.inf if difference else 0.0)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """TensorFloat-32 would blur float32 logits to 1e-3; the user's setting comes back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    restore: Callable[[str], None] = torch.set_float32_matmul_precision
-    restore("highest")
-    try:
-        yield
-    finally:
-        restore(before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.attach import adapted_layers
 from rankwise.adapters.checkpoint import write_safetensors
-from rankwise.adapters.offset import LiveOffset
+from rankwise.adapters.offset import LiveOffset, live_offset
 from rankwise.adapters.state import FoldState
 from rankwise.errors import ConfigError, ExportError, OutputError, VerificationError
 from rankwise.export.compress import CompressedAdapter, compress_adapter
@@ -31,8 +31,8 @@ from rankwise.export.staging import (
     sync_folder,
     write_extra_files,
 )
-from rankwise.export.stored import stored_state
-from rankwise.export.verify import Batch, Verification, compare_logits, verify
+from rankwise.export.stored import refuse_unfinished, stored_cast_errors, stored_state
+from rankwise.export.verify import Batch, Verification, cast_notes, compare_logits, verify
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape
 
@@ -144,14 +144,18 @@ def export_adapter(
     Raises:
         OutputError: the destination holds an adapter (nothing is written).
         ConfigError: an unknown layout, dtype or consumer, or a max_rank that cannot be.
-        ExportError: something that the layout or a consumer cannot hold, or a value that is not finite.
-        VerificationError: the written file is not the trained adapter; the destination is untouched.
+        ExportError: something that the layout or a consumer cannot hold, a value that is not finite, or a live offset
+            that was given neither as `offset` nor in `state`.
+        VerificationError: the written file is not the trained adapter, or rounding of a 16-bit base that the offset
+            moved is larger than what was trained; the destination is untouched.
     """
     job = _job(folder, layout, dtype, consumers, extra_files, failed_folder, overwrite=overwrite)
     _check_max_rank(job, max_rank)
     if state is None and offset is not None:
         state = FoldState(offsets=offset.pairs)
     folded = fold(model, state, adapter_name, empty_layers=_empty_layers(plan))
+    offset = offset or live_offset(model, adapter_name)
+    folded = _with_cast_notes(folded, {} if offset is None else offset.cast_errors)
     _check_plan(folded, plan, gated=bool(state))
     if job.layout == "merged":
         reference = None if batch is None or fresh is None else computed_logits(model, batch)
@@ -215,8 +219,8 @@ def export_folder(
         failed_folder: where the staged folder is kept if it is not the trained adapter; None discards it.
 
     Raises:
-        ArtifactError: the source is missing, damaged or no plain LoRA, or a checkpoint without the state that its
-            adapter cannot do without.
+        ArtifactError: the source is missing, damaged or no plain LoRA, an unfinished checkpoint, or one without the
+            state that its adapter cannot do without.
         ModelError: `base` is not the adapter's base model.
         OutputError, ConfigError, ExportError, VerificationError: as `export_adapter`.
     """
@@ -225,8 +229,10 @@ def export_folder(
     if job.folder.resolve() == source.resolve():
         raise OutputError(f"{destination} is the source itself; name another folder.")
     _check_max_rank(job, max_rank)
+    told = refuse_unfinished(source)
     state = stored_state(source) if state is None else state
-    folded = _source_adapter(source, state, base, plan)
+    folded = _with_cast_notes(_source_adapter(source, state, base, plan), stored_cast_errors(source))
+    folded = replace(folded, notes=(*folded.notes, *told))
     if state and (state.gates or state.boosters) and batch is not None:
         batch = None  # stock PEFT on the base knows nothing of gates and boosters
         folded = replace(folded, notes=(*folded.notes, "logits were not compared: the method's state is folded."))
@@ -259,6 +265,11 @@ def export_folder(
 
 def _base_as_found(offset: LiveOffset | None) -> AbstractContextManager[None]:
     return nullcontext() if offset is None else offset.base_as_found()
+
+
+def _with_cast_notes(folded: FoldedAdapter, cast_errors: Mapping[str, float]) -> FoldedAdapter:
+    known = {name: error for name, error in cast_errors.items() if name in folded.layers}
+    return replace(folded, notes=(*folded.notes, *cast_notes(folded, known)))
 
 
 def _check_max_rank(job: "_Job", max_rank: int | None) -> None:

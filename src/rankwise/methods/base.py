@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -61,11 +61,13 @@ class Budget:
         r: the reference rank, >= 1.
         lora_alpha: alpha, > 0.
         parameters: the most live lora_A and lora_B parameters, normally those of a uniform rank `r`.
+        ranks: by layer name, its rank, where that is decided before calibration; empty where it is not.
     """
 
     r: int
     lora_alpha: float
     parameters: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,9 +33,8 @@ Departures from that code and from third-party GGPOs, with reasons:
 - An optimizer without a momentum of gradients gets one of our own, said in the log; the code then does not perturb.
 """
 
-import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
@@ -64,8 +63,6 @@ from rankwise.methods.perturbing import PerturbationSchedule, like, state_faults
 from rankwise.methods.schedule import Scene, Schedule
 
 __all__ = ["GGPO", "MGPO", "cosine_ramp", "momentum_factor", "noise_std", "running_mean", "surrogate_gradient"]
-
-logger = logging.getLogger(__name__)
 
 _TINY: Final = 1e-12
 
@@ -295,7 +292,7 @@ class _Noise:
             if (pair := scene.offsets.get(name)) is not None
         }
         self._stacks: list[LayerStack] = []
-        self._sums: list[Tensor] = []
+        self._sums: list[tuple[tuple[str, ...], Tensor]] = []
         self._lost: list[Tensor] = []
         self._scratch = Scratch()
         self.perturbed = perturbed_layers(self.layers, self._scratch)
@@ -308,13 +305,15 @@ class _Noise:
             self._offsets[name] = (A0, B0, products)
         self._stacks = stack_layers(self.layers, {name: len(A0) for name, (A0, _, _) in self._offsets.items()})
         self._lost = [torch.zeros((), dtype=torch.bool, device=stack.device) for stack in self._stacks]
+
+    def remarks(self) -> tuple[str, ...]:
         added = [name for name, one in self.perturbed.items() if one.way == "add"]
-        if added:
-            logger.info(
-                "ggpo: the noise of %d of %d layers (%s first) takes a second product: they are packed or have a "
-                "forward of their own",
-                *(len(added), len(self.perturbed), added[0]),
-            )
+        if not added:
+            return ()
+        return (
+            f"ggpo: the noise of {len(added)} of {len(self.perturbed)} layers ({added[0]} first) takes a second "
+            "product: they are packed or have a forward of their own",
+        )
 
     def switch_on(self, step: int) -> None:
         method = self._method
@@ -329,7 +328,7 @@ class _Noise:
             for name, own in zip(stack.names, std, strict=True):
                 self.perturbed[name].by = RowNoise(derived_seed(self._seed, "ggpo", step, name, *scope), own)
             parts = (weights, gradients, stack.in_features * std.square())
-            self._sums.append(torch.stack([torch.where(usable, part, 0.0).sum() for part in parts]))
+            self._sums.append((stack.names, torch.stack([torch.where(usable, part, 0.0).sum(dim=1) for part in parts])))
             self._lost[index] |= ~usable.all()
 
     def _squares(self, stack: LayerStack) -> tuple[Float[Tensor, "n out"], Float[Tensor, "n out"]]:
@@ -355,16 +354,21 @@ class _Noise:
             self._gradients.update(zip(stack.names, mean, strict=True))
         return bool(reached or not self._gradients)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, layers: Collection[str]) -> dict[str, float]:
         if not self._sums:
             return {}
-        weights, gradients, noise = torch.stack([part.cpu() for part in self._sums]).double().sum(dim=0).tolist()
+        weights, gradients, noise = _told(self._sums, layers).sum(dim=1).tolist()
         if not weights:
             return {}
         return {"gradient_share": self._method.beta * gradients / weights, "noise": math.sqrt(noise / weights)}
 
     def lost(self) -> bool:
         return any(bool(lost) for lost in self._lost)
+
+    def memory_bytes(self) -> int:
+        offsets = [part for parts in self._offsets.values() for part in parts]
+        kept = [*self._weights.values(), *self._gradients.values(), *offsets]
+        return sum(tensor.nbytes for tensor in kept) + self._scratch.memory_bytes
 
     def state(self) -> dict[str, Tensor]:
         return {f"gradient_squares.{name}": value.clone() for name, value in self._gradients.items()}
@@ -393,7 +397,7 @@ class _Momentum:
         self._optimizer: Optimizer | None = None
         self._key: str | None = None
         self._stacks: list[LayerStack] = []
-        self._sums: list[Tensor] = []
+        self._sums: list[tuple[tuple[str, ...], Tensor]] = []
         self._lost: list[Tensor] = []
         self.perturbed = perturbed_layers(self.layers, Scratch())
 
@@ -419,10 +423,15 @@ class _Momentum:
                 f"mgpo keeps a momentum of its own beside {kind}, and the state after step {step} has none: resume "
                 "with the optimizer and the own_momentum of the run"
             )
-        logger.info("mgpo: a float32 momentum of our own, decay %g, stands in for one of %s", self._method.mu, kind)
         if not self._own_A:
             self._own_A, self._own_B = self._zeros("A"), self._zeros("B")
         self._own_A, self._own_B = _beside(self._own_A, self.layers), _beside(self._own_B, self.layers)
+
+    def remarks(self) -> tuple[str, ...]:
+        if not self._own_A:
+            return ()
+        kind = type(self._optimizer).__name__
+        return (f"mgpo: a float32 momentum of our own, decay {self._method.mu:g}, stands in for one of {kind}",)
 
     def switch_on(self, step: int) -> None:
         method = self._method
@@ -442,7 +451,8 @@ class _Momentum:
             right.masked_fill_(off, 0.0)
             for name, *factors in zip(stack.names, left, right, strict=True):
                 self.perturbed[name].by = LowRank(*factors)
-            self._sums.append(torch.stack([gbar, torch.where(factor != 0, factor.abs() * norm, 0.0)]))
+            sizes = torch.where(factor != 0, factor.abs() * norm, 0.0)
+            self._sums.append((stack.names, torch.stack([gbar, sizes])))
             self._lost[index] |= ~norm.isfinite().all()
 
     def _momentum(self, name: str, lora_A: Parameter, lora_B: Parameter) -> tuple[Tensor, Tensor] | None:
@@ -471,10 +481,12 @@ class _Momentum:
                     kept.update(zip(stack.names, running_mean(stack.of(kept), gradient, self._method.mu), strict=True))
         return bool(reached or not self.layers)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, layers: Collection[str]) -> dict[str, float]:
         if not self._sums:
             return {}
-        gbar, sizes = torch.cat([part.cpu() for part in self._sums], dim=1).double()
+        gbar, sizes = _told(self._sums, layers)
+        if not len(sizes):
+            return {}
         moved = sizes > 0
         limit = self._method.rho * self._method.max_scale * (1 - 1e-6)
         return {
@@ -486,6 +498,11 @@ class _Momentum:
 
     def lost(self) -> bool:
         return any(bool(lost) for lost in self._lost)
+
+    def memory_bytes(self) -> int:
+        kept = sum(value.nbytes for _, values in self._parts() for value in values.values())
+        # The two factors of each term, of twice the rank, act throughout a step.
+        return kept + sum(8 * (layer.lora_A.numel() + layer.lora_B.numel()) for layer in self.layers.values())
 
     def state(self) -> dict[str, Tensor]:
         return {f"{part}.{name}": value.clone() for part, kept in self._parts() for name, value in kept.items()}
@@ -525,6 +542,12 @@ def _momentum_key(optimizer: Optimizer) -> str | None:
 
 def _reached(stacks: Iterable[LayerStack]) -> list[LayerStack]:
     return [stack for whole in stacks if (stack := whole.reached()).names]
+
+
+def _told(parts: Iterable[tuple[tuple[str, ...], Tensor]], layers: Collection[str]) -> Float[Tensor, "k n"]:
+    """The columns of these layers, float64 on the CPU."""
+    chosen = [part.cpu().double()[:, [name in layers for name in names]] for names, part in parts]
+    return torch.cat(chosen, dim=1)
 
 
 def _beside(values: Mapping[str, Tensor], layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The singular vectors of a gradient that is never formed: a few products with it, and their own error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,16 +44,23 @@ class Sketch:
     power_iterations: int
     seed: int
 
-    def request(self, r: int) -> StatisticsRequest:
-        """The first reading, and those that follow, for layers of rank r."""
+    def request(self, r: int, ranks: Mapping[str, int] | None = None) -> StatisticsRequest:
+        """The first reading, and those that follow.
+
+        Args:
+            r: the rank of a layer that `ranks` does not name.
+            ranks: by layer, its rank.
+        """
+        ranks = {name: rank for name, rank in (ranks or {}).items() if rank != r}
+
+        def width(shape: LayerShape) -> int:
+            return min(2 * ranks.get(shape.name, r) + OVERSAMPLED, shape.max_rank)
 
         def right(shape: LayerShape) -> Tensor:
-            columns = min(2 * r + OVERSAMPLED, shape.max_rank)
-            return torch.cat([self._held_out(shape, "right"), self._random(shape, "right", columns)])
+            return torch.cat([self._held_out(shape, "right"), self._random(shape, "right", width(shape))])
 
         def left(shape: LayerShape) -> Tensor:
-            columns = min(2 * r + OVERSAMPLED, shape.max_rank)
-            rows = 0 if self.power_iterations else min(2 * columns + 1, shape.out_features)
+            rows = 0 if self.power_iterations else min(2 * width(shape) + 1, shape.out_features)
             return torch.cat([self._held_out(shape, "left"), self._random(shape, "left", rows)])
 
         sides: list[Callable[[GradientStatistics], StatisticsRequest]] = [self._from_left, self._from_right]
@@ -61,7 +68,8 @@ class Sketch:
             projection=right,
             left_projection=left,
             follow_ups=tuple(sides[number % 2] for number in range(self.power_iterations)),
-            identity=f"lora-ga sketch {(r, self.power_iterations, self.seed, OVERSAMPLED, HELD_OUT)}",
+            identity=f"lora-ga sketch {(r, self.power_iterations, self.seed, OVERSAMPLED, HELD_OUT)}"
+            + (f" {sorted(ranks.items())}" if ranks else ""),
         )
 
     def triples(

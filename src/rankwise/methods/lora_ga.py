@@ -152,7 +152,7 @@ class LoRAGA(Method):
         """The whole gradient, or the products of its sketch."""
         if self._exact(layers):
             return StatisticsRequest(gradient=True, identity="lora-ga exact")
-        return Sketch(self.power_iterations, seed).request(budget.r)
+        return Sketch(self.power_iterations, seed).request(budget.r, budget.ranks)
 
     def check_ranks(self, layers: Sequence[LayerShape], ranks: Sequence[int]) -> None:
         """Refuses layers that have fewer than 2r singular vectors, unless they may be capped.
@@ -193,16 +193,23 @@ class LoRAGA(Method):
         if statistics is None:
             return ()
         plain = [name for name, factors in start.items() if not factors.lora_B.any()]
+        small = [name for name in plain if statistics.layers[name].shape.max_rank < 2]
+        without = [name for name in plain if name not in small]
         live = {name: factors for name, factors in start.items() if name not in plain}
         capped = [name for name, factors in live.items() if not factors.lora_B.any(0).all()]
         told: tuple[str, ...] = ()
-        if live:
+        if live and self.variant == "official":  # the direction is that of unit vectors, which PEFT's B is not
             found = {name: statistics.layers[name] for name in live}
             exact = all(layer.gradient is not None for layer in found.values())
             energies = {name: self._missed(found[name], factors, seed) for name, factors in live.items()}
             told += _error_notes(energies, None if exact else self.power_iterations)
-        if plain:
-            told += (f"lora-ga: warning: no gradient in {_few(plain)}: started as plain LoRA, without an offset",)
+        if without:
+            told += (f"lora-ga: warning: no gradient in {_few(without)}: started as plain LoRA, without an offset",)
+        if small:
+            told += (
+                f"lora-ga: a single singular vector in {_few(small)}, and A and B need one each: started as plain "
+                "LoRA, without an offset",
+            )
         if capped:
             told += (
                 f"lora-ga: too few singular vectors for 2r in {_few(capped)}: the ranks beyond started as plain LoRA",

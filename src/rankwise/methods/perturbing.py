@@ -1,7 +1,7 @@
 """A schedule that perturbs the layers around the passes of a step: what GGPO and MGPO share."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from rankwise.adapters.attach import AdaptedLayer
 from rankwise.adapters.perturbation import LowRank, PerturbedLayer, RowNoise, without_autocast
 from rankwise.errors import CheckpointError, ConfigError
+from rankwise.methods.schedule import ScheduleFault
 
 __all__ = ["PerturbationRule", "PerturbationSchedule", "like", "state_faults"]
 
@@ -46,8 +47,16 @@ class PerturbationRule(Protocol):
         """Reads the gradients, once a step; false if it needs some and no layer had any."""
         ...
 
-    def figures(self) -> dict[str, float]:
-        """The last perturbation in numbers; waits for the device."""
+    def remarks(self) -> tuple[str, ...]:
+        """What shows of the layers and the optimizer once training begins."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """What is kept, and held within a step."""
+        ...
+
+    def figures(self, layers: Collection[str]) -> dict[str, float]:
+        """The last perturbation of these layers in numbers; waits for the device."""
         ...
 
     def lost(self) -> bool:
@@ -81,7 +90,10 @@ class PerturbationSchedule:
         self._id, self._rule = method_id, rule
         self._on_for: int | None = None
         self._step = 0
+        self._idle_step: int | None = None
         self._warned: set[str] = set()
+        self.acted: frozenset[str] = frozenset()
+        """The layers whose passes were perturbed in the last step."""
 
     def begin(self, optimizer: Optimizer, max_steps: int) -> None:
         """Refuses what cannot work, and moves what was computed at attach to where the model is now.
@@ -92,9 +104,9 @@ class PerturbationSchedule:
             CheckpointError: the rule needs a part that the checkpoint does not have.
         """
         _refuse_engines(self._id, optimizer, self._rule.layers)
-        if any(group.get("kind") == "lora_pair" for group in optimizer.param_groups):
-            logger.warning("%s over a pair optimizer: allowed, and studied by nobody", self._id)
         self._rule.begin(optimizer, max_steps, self._step)
+        for text in self._rule.remarks():
+            logger.info("%s", text)
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -103,14 +115,23 @@ class PerturbationSchedule:
             self._switch_off()  # a step that an exception ended
             with self._exactly():
                 self._rule.switch_on(step)
+            for one in self._rule.perturbed.values():
+                one.acted = False
             self._on_for = step
 
     @torch.no_grad()
     def before_optimizer_step(self, step: int) -> None:
         """Switches off, then takes the norms of the clipped gradients."""
+        on = bool(self.perturbations)
         self._switch_off()
+        self.acted = frozenset(name for name, one in self._rule.perturbed.items() if on and one.acted)
+        if on and not self.acted and self._idle_step is None:
+            self._idle_step = step
         with self._exactly():
             learned = self._rule.learn()
+        fault = self.fault()
+        if learned and fault is not None:
+            self._warn(f"{fault.message}: {fault.advice}")
         if not learned:
             self._warn(
                 "no layer had a gradient before the optimizer's step: is `before_optimizer_step` called after it, or "
@@ -140,8 +161,30 @@ class PerturbationSchedule:
         return {name: one.by for name, one in self._rule.perturbed.items() if one.by is not None}
 
     def figures(self) -> dict[str, float]:
-        """The last step's perturbation in numbers, their names led by the method's id; waits for the device."""
-        return {f"{self._id}_{name}": value for name, value in self._rule.figures().items()}
+        """The last step's perturbation in numbers, their names led by the method's id; waits for the device.
+
+        They are of the layers that acted; within a step, of those that are switched on.
+        """
+        found = self._rule.figures(self.acted if self._on_for is None else self.perturbations.keys())
+        return {f"{self._id}_{name}": value for name, value in found.items()}
+
+    def remarks(self) -> tuple[str, ...]:
+        """What shows of the layers and the optimizer once training begins."""
+        return self._rule.remarks()
+
+    def fault(self) -> ScheduleFault | None:
+        """A step in which the perturbation was on and no layer computed with it."""
+        if self._idle_step is None:
+            return None
+        return ScheduleFault(
+            f"no layer computed with the perturbation of step {self._idle_step}: layers in evaluation mode, or whose "
+            "adapter is disabled or merged, compute plainly",
+            "call session.model.train() before the passes of a step, and leave the adapter on in them",
+        )
+
+    def memory_bytes(self) -> int:
+        """What the rule keeps, and holds within a step."""
+        return self._rule.memory_bytes()
 
     def state_dict(self) -> dict[str, Any]:
         """The method's id, the step, and the rule's tensors."""

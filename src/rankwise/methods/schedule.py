@@ -11,7 +11,7 @@ from rankwise.adapters.attach import AdaptedLayer
 from rankwise.adapters.state import FactorPair
 from rankwise.calibration.batches import Loss
 
-__all__ = ["Scene", "Schedule"]
+__all__ = ["Scene", "Schedule", "ScheduleFault"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,6 +35,14 @@ class Scene:
     loss: Loss | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ScheduleFault:
+    """Why what a schedule does never reached the model, and what to do about it."""
+
+    message: str
+    advice: str
+
+
 @runtime_checkable
 class Schedule(Protocol):
     """One schedule of a session; steps count optimizer steps from 1, whatever the accumulation.
@@ -50,8 +58,8 @@ class Schedule(Protocol):
         """Before the forward pass of step `step`."""
 
     def before_optimizer_step(self, step: int) -> None:
-        """After clipping; gradients may be read, a loss scaler's factor taken out. Where it met infinities, they are
-        in the gradients, and the optimizer sits the step out.
+        """After clipping; gradients may be read, a loss scaler's factor taken out. A pair that sits the step out for a
+        non-finite gradient has none; a step that all sit out (a loss scaler met infinities) passes without this call.
         """
 
     def after_step(self, step: int) -> None:
@@ -62,6 +70,18 @@ class Schedule(Protocol):
 
     def figures(self) -> dict[str, float]:
         """Numbers of the last step for the log, named after the method's id; may wait for the device."""
+        ...
+
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know that shows only once training is set up; asked after `begin`."""
+        ...
+
+    def fault(self) -> ScheduleFault | None:
+        """What kept the schedule from reaching the model in a step, if anything did; fails the run at its end."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """What it holds at the peak of a step, for a forecast; asked after a few steps."""
         ...
 
     def close(self) -> None:

@@ -5,8 +5,7 @@ float64; every chunk is moved. Pairs without a gradient, or with one that is not
 state. On an accelerator nothing waits for the device but the stacked eigendecompositions.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.errors import CheckpointError, ConfigError
+from rankwise.linalg.precision import full_float32
 from rankwise.optimizers.checks import check_gradients, check_settings, state_faults
 from rankwise.optimizers.layout import Layout, Present, build_layout
 from rankwise.optimizers.pairs import ScalingReader, check_groups, groups_of_model, pairs_of
@@ -148,7 +148,7 @@ class PairOptimizer(Optimizer):
         check_gradients(self.param_groups)
         layout = self._ready()
         self._check_scalings(layout)
-        with _full_precision():
+        with full_float32():
             self._step_pairs(layout)
         for group in self.param_groups:
             if group["kind"] == "plain":
@@ -457,17 +457,3 @@ def _hyper(group: Mapping[str, Any], side: Side) -> dict[str, float]:
     rate = float(group["lr"]) * (float(group.get("lr_ratio") or 1.0) if side == "B" else 1.0)
     values = (rate, *group["betas"], group["eps"], group["weight_decay"])
     return {name: float(value) for name, value in zip(_HYPER, values, strict=True)}
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 and no bfloat16 products inside: Gram matrices would lose the digits that inverses need."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -19,7 +19,7 @@ from rankwise.calibration.processes import assert_equal_everywhere
 from rankwise.calibration.statistics import GradientStatistics, StatisticsRequest
 from rankwise.errors import CalibrationError, ConfigError, PlanError, RecipeError
 from rankwise.methods.base import Budget, Factors, Method, Slot, Start
-from rankwise.methods.recipe import Recipe, Situation
+from rankwise.methods.recipe import METHODS, Recipe, Situation
 from rankwise.ranks.plan import ModelIdentity, RankPlan
 from rankwise.ranks.shapes import LayerShape, uniform_budget
 from rankwise.training.beside import kept_validation, make_schedule, put_offset
@@ -148,6 +148,7 @@ def attach(
     early = job.early_plan()
     if early is not None:
         job.check_ranks(early)
+        job = replace(job, budget=replace(job.budget, ranks=early.ranks))
     statistics = job.collect(owners, loss)
     final = job.allocate(statistics) if early is None else early
     job.check_ranks(final)
@@ -298,7 +299,7 @@ def _prepare_planned(
     recipe.check(_situation(live, calibration))
     check_finite_weights(live, model)
     _check_scaling(recipe, given)
-    notes = given.notes
+    notes = _notes_of_ranks(given)
     budget = Budget(r=given.r, lora_alpha=given.lora_alpha, parameters=given.budget)
     if given.methods != recipe.ids:
         notes = (
@@ -306,9 +307,16 @@ def _prepare_planned(
             f"ranks and the scaling rule {given.scaling_rule} from a plan of {'+'.join(given.methods)}, "
             f"start from {'+'.join(recipe.ids)}",
         )
-        notes += tuple(note for note in recipe.notes(given.ranks, budget) if note not in notes)
+    notes += tuple(note for note in recipe.notes(given.ranks, budget) if note not in notes)
     used = replace(given, methods=recipe.ids, seed=given.seed if seed is None else seed, model=identity, notes=notes)
     return _Job(model, recipe, live, budget, used.seed, identity, (), calibration, given=used)
+
+
+def _notes_of_ranks(given: RankPlan) -> tuple[str, ...]:
+    """What a plan's notes say of its ranks; what other methods said of their settings then is said anew."""
+    silent = [name for name in given.methods if name in METHODS and Slot.ALLOCATE not in METHODS[name].slots]
+    leads = tuple(f"{lead}: " for lead in (*silent, *([" + ".join(given.methods)] if len(given.methods) > 1 else ())))
+    return tuple(note for note in given.notes if not leads or not note.startswith(leads))
 
 
 def _check_scaling(recipe: Recipe, given: RankPlan) -> None:

@@ -1,5 +1,6 @@
 """Where gradient statistics come from: the batches and how they are read, the cache, and what to say of the result."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -7,6 +8,7 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rankwise.adapters.layers import LinearLayer
@@ -20,6 +22,8 @@ from rankwise.errors import ConfigError
 from rankwise.training.trial import EVALUATION_BATCHES
 
 __all__ = ["Calibration", "calibration_notes", "gathered", "kept_calibration"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,8 @@ class Calibration:
         sample_share: the share of rows behind sampled importance, in (0, 1].
         autocast_dtype: the autocast that training will use, or None.
         token_weighted: weight batches by label tokens, as the loss over all of them would; otherwise a plain mean.
-        cache: a file that keeps the statistics for the next time, or None.
+        cache: a file that keeps the statistics for the next time, or None. If it cannot be written, that is a warning.
+        cache_gradients: whether it also keeps whole gradients, which are as large as the target weights in float32.
         data_identity: what tells these batches from others, in the cache's fingerprint.
         on_unused: `min` allows targets that some batch does not reach (experts, branches); the default is an error.
         on_zero: `uniform` goes on with gradients that are all zero, the method deciding by equal importances; the
@@ -52,6 +57,7 @@ class Calibration:
     autocast_dtype: torch.dtype | None = None
     token_weighted: bool = True
     cache: str | PathLike[str] | None = None
+    cache_gradients: bool = True
     data_identity: str = ""
     on_unused: Literal["error", "min"] = "error"
     on_zero: Literal["error", "uniform"] = "error"
@@ -106,7 +112,7 @@ def gathered(
         "on_zero": c.on_zero,
     }
     batches = list(c.batches)
-    if c.cache is None:
+    if c.cache is None or (request.gradient and not c.cache_gradients):
         return collect(model, layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
     fingerprint = statistics_fingerprint(model, layers, batches, request, data_identity=c.data_identity, **shared)
     # Process 0's file decides for all: on several machines the others may not see it, and half of them would wait.
@@ -114,7 +120,10 @@ def gathered(
     found = decided_by_first(lambda: load_statistics(path, fingerprint))
     if found is None:
         found = collect(model, layers, batches, request, collector=c.collector, on_batch=c.on_batch, **shared)
-        save_statistics(c.cache, found, fingerprint)
+        try:
+            save_statistics(c.cache, found, fingerprint)
+        except (OSError, SafetensorError) as error:
+            logger.warning("the calibration cache %s was not written (%s); the run goes on without it", c.cache, error)
     return found
 
 

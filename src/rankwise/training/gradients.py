@@ -46,6 +46,7 @@ class GradientFilter:
         self.untouched: tuple[str, ...] | None = None
         """Units that had no gradient at all, not even zeros, in the first step at a learning rate above 0."""
         self._found = False
+        self._touched: frozenset[int] = frozenset()
         self._backward: int | None = None
         self._whole = False
         self._unseen = False
@@ -144,6 +145,7 @@ class GradientFilter:
         """Looks at all gradients and clears those of the units that hold a non-finite one."""
         self._unseen = False
         present = tuple(i for i, parameter in enumerate(self._parameters) if parameter.grad is not None)
+        self._touched = frozenset(self._unit_of[i] for i in present)
         if not present:
             return
         groups, units = self._ordered(present)
@@ -192,19 +194,33 @@ class GradientFilter:
             self._order_cache[present] = (list(groups.values()), torch.tensor(units, device=self._home))
         return self._order_cache[present]
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def withhold(self) -> frozenset[str]:
+        """The units that sit this step out; from here on they have no gradient, so that nobody learns from one.
+
+        Call it after clipping. Under a loss scaler that met infinities it is every unit, and their gradients stay for
+        the scaler to see.
+        """
         if self._unseen:  # a loop that accumulates by itself and told accelerate otherwise
             self.check()
-        if self.untouched is None and _rate(optimizer) > 0:
-            touched = {self._unit_of[i] for i, p in enumerate(self._parameters) if p.grad is not None}
-            self.untouched = tuple(name for i, name in enumerate(self.names) if i not in touched)
+        if not self.protecting:
+            return frozenset(self.names) if bool(self._bad.any()) else frozenset()
         if not self._found:
-            return
+            return frozenset()
         bad = self._bad.tolist()
         for parameter, unit in zip(self._parameters, self._unit_of, strict=True):
             if bad[unit]:
                 parameter.grad = None  # the optimizer passes over it: no decay, no momentum, no step count
+        return frozenset(name for name, out in zip(self.names, bad, strict=True) if out)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._unseen:
+            self.check()
+        if self.untouched is None and _rate(optimizer) > 0:
+            touched = {self._unit_of[i] for i, p in enumerate(self._parameters) if p.grad is not None} | self._touched
+            self.untouched = tuple(name for i, name in enumerate(self.names) if i not in touched)
+        if self._found:
+            self.withhold()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

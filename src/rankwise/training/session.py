@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterSettings", "CalibrationSummary", "Session"]
 
+_AROUND_STEPS = ("before_step", "before_optimizer_step", "after_step")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSettings:
@@ -128,7 +130,7 @@ class Session:
         self.schedule = schedule
         self.calibration = calibration
         self.step = step
-        self.notes = tuple(notes)
+        self.notes = (*notes, *(() if offset is None else offset.notes))
         self.on_remark: Callable[[str], None] = _warn
         """What is told of something that only shows once training is set up; by default a Python warning."""
         self.layers: Mapping[str, AdaptedLayer] = adapted_layers(model, self.settings.adapter_name)
@@ -142,7 +144,7 @@ class Session:
         self._precision = KeptPrecision(model)
         self._sample = Sample(model)
         self._planned_steps: int | None = None
-        self._steps_seen = 0
+        self._called: dict[str, tuple[int, int]] = {}
         self._steps_before = 0
         self._base_weights = base_weights
         self._scaler: Any = None
@@ -251,9 +253,10 @@ class Session:
         self.health.gradients.protecting = self._scaler is None
         self.health.begin(inner, max_steps, self._planned_steps)
         self._sample.listen()
-        self._steps_seen, self._steps_before = 0, self.health.gradients.steps
+        self._called, self._steps_before = {}, self.health.gradients.steps
         if self.schedule is not None:
             self.schedule.begin(inner, max_steps)
+            self.notes = (*self.notes, *(text for text in self.schedule.remarks() if text not in self.notes))
 
     def _refuse_sharded_offset(self) -> None:
         """A base weight that the start was subtracted from and that was sharded since could not be given back."""
@@ -281,14 +284,17 @@ class Session:
 
             set_random_states(self._random_states)
             self._random_states = None
+        self._count("before_step", step)
         if self.schedule is not None:
             self.schedule.before_step(step)
 
     def before_optimizer_step(self, step: int) -> None:
-        """After clipping, before the optimizer."""
+        """After clipping, before the optimizer; a schedule is not asked in a step that every pair sits out."""
+        self._count("before_optimizer_step", step)
         if self.schedule is not None:
             take_out_scale(self._scaler, self._optimizer)
-            self.schedule.before_optimizer_step(step)
+            if not self.layers.keys() <= self.health.gradients.withhold():
+                self.schedule.before_optimizer_step(step)
 
     def after_step(self, step: int) -> None:
         """After the optimizer, before logging, evaluation and saving.
@@ -299,8 +305,13 @@ class Session:
         if self.schedule is not None:
             self.schedule.after_step(step)
         self.step = step
-        self._steps_seen += 1
+        self._count("after_step", step)
         self.health.stepped()
+
+    def _count(self, call: str, step: int) -> None:
+        """Steps around which a call was made; micro-batches may repeat it."""
+        count, last = self._called.get(call, (0, -1))
+        self._called[call] = (count + (step != last), step)
 
     def figures(self) -> dict[str, float]:
         """What the schedule has to say of the last step; waits for the device, so ask at logging steps."""
@@ -326,18 +337,27 @@ class Session:
         self.health.end(step)
 
     def _check_schedule(self) -> None:
-        """A schedule that nobody called has silently left the run as it was; a loss scaler may skip steps."""
-        made = self.health.gradients.steps - self._steps_before
-        fired = self._steps_seen >= made
+        """A schedule that nobody called, or that reached no layer, has silently left the run as it was."""
+        assert self.schedule is not None
+        made = self.health.gradients.steps - self._steps_before  # a loss scaler may skip steps
+        calls = {name: self._called.get(name, (0, -1))[0] for name in _AROUND_STEPS}
+        missed = [name for name, count in calls.items() if count < made]
+        message = f"the schedule was called around {min(calls.values())} of {made} optimizer steps"
+        advice = ""
+        if missed:
+            told = " and ".join(missed)
+            advice = f"pass session.callback() to the trainer, or call {told} in every step, with the step's number"
+        elif fault := self.schedule.fault():
+            message, advice = f"{message}, but {fault.message}", fault.advice
         self.health.settle(
             HealthCheck(
                 id="schedule",
                 stage="during",
-                status="passed" if fired else "failed",
-                measured=self._steps_seen,
+                status="failed" if advice else "passed",
+                measured=min(calls.values()),
                 limit=made,
-                message=f"the schedule was called around {self._steps_seen} of {made} optimizer steps",
-                advice="" if fired else "pass session.callback() to the trainer, or call before_step and after_step",
+                message=message,
+                advice=advice,
             )
         )
 

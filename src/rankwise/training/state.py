@@ -217,11 +217,17 @@ def _write_adapter(session: Session, folder: Path) -> None:
 
 def read_training_state(session: Session, folder: Path, optimizer: Any, scheduler: Any = None) -> Mapping[str, Any]:
     """Loads optimizer and scheduler that `write_checkpoint` stored for a bare loop; returns the random states."""
-    stored = RankPlan.from_json(json.dumps(read_marker(folder)["plan"]), source=str(folder / MARKER))
+    marker = read_marker(folder)
+    stored = RankPlan.from_json(json.dumps(marker["plan"]), source=str(folder / MARKER))
     if stored.hash() != session.plan.hash():
         raise CheckpointError(
             f"{folder} was made with another rank plan than the session's, so that its optimizer state fits other "
             "factors: make the session with rw.resume(model, checkpoint), from the same checkpoint"
+        )
+    if marker["step"] != session.step:
+        raise CheckpointError(
+            f"the session is at step {session.step} and {folder} was saved at step {marker['step']}: make the session "
+            "with rw.resume(model, checkpoint), from the same checkpoint; restore alone brings no factors back"
         )
     for name, wanted in ((_OPTIMIZER, optimizer), (_SCHEDULER, scheduler), (_random_file(), True)):
         if wanted is not None and not (folder / name).is_file():
@@ -247,7 +253,9 @@ def _content(session: Session, values: Mapping[str, Any], tensors: Mapping[str, 
         "seed": session.seed,
         "base": {"architecture": architecture_fingerprint(session.model), "weights": session.base_weights},
         "calibration": None if session.calibration is None else asdict(session.calibration),
-        "offset": None if offset is None else {"place": offset.place, "layers": sorted(offset.pairs)},
+        "offset": None
+        if offset is None
+        else {"place": offset.place, "layers": sorted(offset.pairs), "cast_errors": offset.cast_errors},
         "schedule": None if owner is None else {"id": owner.id, "values": dict(values), "tensors": sorted(tensors)},
         "health": session.health.state_dict(),
         "threads": torch.get_num_threads(),

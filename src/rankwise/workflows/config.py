@@ -53,7 +53,8 @@ class CalibrationConfig(BaseModel):
         train_mode: whether dropout is active during calibration.
         on_unused: `min` allows targets that some batch does not reach; by default that is an error.
         on_zero: `uniform` goes on where every gradient is zero; by default that is an error.
-        cache: whether statistics are kept in the output folder and read again when nothing that matters changed.
+        cache: whether statistics are kept in the output folder and read again when nothing that matters changed; whole
+            gradients (lora-ga's exact statistics), which are as large as the model, never are.
     """
 
     model_config = _STRICT

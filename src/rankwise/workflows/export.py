@@ -52,7 +52,7 @@ def export(
         What was written, with the measured figures.
 
     Raises:
-        ArtifactError: the source is missing, damaged or no plain LoRA.
+        ArtifactError: the source is missing, damaged, an unfinished checkpoint or no plain LoRA.
         ConfigError, OutputError, ExportError, VerificationError: as `export.write.export_folder`.
     """
     from rankwise.export.staging import refuse_unwritable
@@ -98,11 +98,13 @@ def _layout(layout: str | None, consumer: str | None) -> Any:
 
 def _adapter_folder(source: Path, listener: Listener) -> Path:
     """The folder that holds the adapter: the source itself, or the last checkpoint of an unfinished run."""
+    from rankwise.export.stored import refuse_unfinished
     from rankwise.training.state import last_complete_checkpoint
 
     if not source.exists():
         raise ArtifactError(f"{source} does not exist; give a run's folder, a checkpoint or a PEFT LoRA folder")
     if (source / "adapter_config.json").is_file():
+        refuse_unfinished(source)  # before a base model is loaded
         return source
     if source.is_dir() and _is_finished(source):
         raise ArtifactError(

@@ -154,6 +154,7 @@ def calibration(job: Job, listener: Listener, cache: Path | None) -> "Calibratio
         on_unused=said.on_unused,
         on_zero=said.on_zero,
         cache=cache if said.cache else None,
+        cache_gradients=False,  # gigabytes, and a run that goes on needs no calibration
         on_batch=progress,
     )
 

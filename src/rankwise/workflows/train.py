@@ -215,8 +215,7 @@ class _Run:
                 (self.folder / name).unlink(missing_ok=True)
         kept = scratch / CALIBRATION_FILE
         if kept.is_file():
-            shutil.copyfile(kept, self.folder / f".{CALIBRATION_FILE}.part")
-            (self.folder / f".{CALIBRATION_FILE}.part").replace(self.folder / CALIBRATION_FILE)
+            self._keep(kept, self.folder / CALIBRATION_FILE)
         self.manifest = self._described()
         self.session.plan.save(self.folder / "plan.json")
         write_atomically(self.folder / "ranks.jsonl", "")
@@ -224,6 +223,16 @@ class _Run:
         self.session.health.record(_labels_check(self.job))
         self.session.health.save(self.folder / "health.json")
         write_manifest(self.folder, self.manifest)
+
+    def _keep(self, made: Path, place: Path) -> None:
+        """Copies the calibration cache into the run's folder; the run does not depend on it."""
+        staged = place.with_name(f".{place.name}.part")
+        try:
+            shutil.copyfile(made, staged)
+            staged.replace(place)
+        except OSError as error:
+            staged.unlink(missing_ok=True)
+            self.listener(Note(text=f"the calibration cache {place} was not written: {error}", level="warning"))
 
     @property
     def _elsewhere(self) -> bool:
