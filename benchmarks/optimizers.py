@@ -417,6 +417,16 @@ def verdicts(case: Case, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**entry, "held": entry["figure"] <= entry["limit"]} for name, entry in found.items()}
 
 
+def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A line of the file's history, which keeps every whole run, not the best one."""
+    return {
+        "case": name,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": result["load_average"],
+        "cpu_ratio": {key: entry["cpu_ratio"]["median"] for key, entry in result["arms"].items() if key != BASELINE},
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     lines = []
     for key, entry in result["arms"].items():
@@ -474,6 +484,7 @@ def main() -> None:
         result = measure(name, keys, rounds, memory=not options.quick)
         result["missing"] = [*missing, *result["missing"]]
         report["cases"][name] = result
+        report.setdefault("runs", []).append(summary(name, result))
         print(name), print(table(result), flush=True)
         report["measured"] = {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -280,6 +280,9 @@ def test_the_cost_says_how_a_step_compares_with_plain_lora_where_it_differs() ->
         in told
     )
     assert "Against" not in printed(render.cost_view({**COST, "overhead": 1.0}), 200)
+    assert "schedule" not in told
+    more = " ".join(printed(render.cost_view({**COST, "schedule_bytes": 140, "base_copy_bytes": 9_000}), 200).split())
+    assert "activation 500 MB, schedule 140 B, copy of the base on the CPU 9 kB)" in more
 
 
 def test_a_method_without_settings_says_so() -> None:

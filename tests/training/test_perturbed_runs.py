@@ -1,4 +1,4 @@
-"""GGPO and MGPO in a session: a run in which nothing was perturbed fails, and pairs that sit a step out teach nothing."""
+"""GGPO and MGPO in a session: a run in which nothing was perturbed fails; pairs that sit a step out teach nothing."""
 
 import logging
 from pathlib import Path

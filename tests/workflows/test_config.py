@@ -148,7 +148,7 @@ def test_arguments_that_rankwise_owns_are_refused_with_the_reason(write: Write, 
     assert found == f":3: unknown key 'training.{key}' (rankwise sets it: {OWNED[key]})"
 
 
-@pytest.mark.parametrize("key", ["bias", "init_lora_weights", *LORA_OPTIONS])
+@pytest.mark.parametrize("key", sorted(LORA_OPTIONS))
 def test_options_of_pefts_lora_that_no_method_allows_are_refused_with_the_reason(write: Write, key: str) -> None:
     for text, full in ((f"{key}: true", key), (f"rora: {{{key}: true}}", f"rora.{key}")):
         (found,) = faults(write(MINIMAL + text + "\n"))

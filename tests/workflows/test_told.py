@@ -30,7 +30,7 @@ def test_what_shows_when_training_begins_is_told_once(causal: MakeConfig) -> Non
 
 
 def test_what_is_logged_before_the_first_step_is_kept_with_the_run(classification: MakeConfig) -> None:
-    training = {"max_steps": 1}
+    training = {"max_steps": 2}
     result = train(classification(method="lora-ga", training=training))
     logged = json.loads((result.folder / "rankwise.json").read_text())["log"]
     errors = [line for line in logged if line.startswith("lora-ga: ") and ": relative error 0." in line]

@@ -63,8 +63,10 @@ def cost_view(cost: Mapping[str, float | int]) -> RenderableType:
     Args:
         cost: `RunCost.to_dict()`.
     """
-    parts = ("model", "gradient", "optimizer", "activation")
-    told = ", ".join(f"{part} {_size(cost[f'{part}_bytes'])}" for part in parts)
+    parts = {part: cost[f"{part}_bytes"] for part in ("model", "gradient", "optimizer", "activation")}
+    more = {"schedule": cost["schedule_bytes"], "copy of the base on the CPU": cost["base_copy_bytes"]}
+    parts |= {part: count for part, count in more.items() if count}
+    told = ", ".join(f"{part} {_size(count)}" for part, count in parts.items())
     step = cost["micro_batches"] * cost["micro_batch_seconds"] + cost["optimizer_seconds"]
     overhead = [] if cost["overhead"] == 1 else [_overhead(cost)]
     return Group(

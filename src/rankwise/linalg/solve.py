@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["psd_inverse", "psd_roots", "solve_sylvester"]
+__all__ = ["psd_inverse", "psd_roots", "solve_sylvester", "trace"]
 
 
 def psd_inverse(
@@ -97,3 +97,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _epsilon(matrix: Tensor) -> float:
     return min(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def trace(matrix: Float[Tensor, "*b r r"]) -> Float[Tensor, "*b"]:
+    """The sum of the diagonal of each matrix of a stack, in the matrix's own dtype."""
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)

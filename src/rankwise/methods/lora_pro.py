@@ -27,7 +27,8 @@ Departures, with reasons:
 - Bias correction counts from t = 1. The newer code's first update uses t = 2 (0.74 of Adam's direction).
 - The scaling is each layer's own. The newer code has a constant 2, the older an argument.
 - The regularized inverse comes from an eigendecomposition with delta = 1e-8, not from pinv(S + 1e-8 I), and the
-  Sylvester equation from the same two decompositions: 2 delta stands in its denominators, and indices whose row of A
+  Sylvester equation from the same two decompositions, with 0 in place of 1 / delta in directions that rounding alone
+  fills (the code has 1e8 there): 2 delta stands in its denominators, and indices whose row of A
   and column of B are zero are masked, so that they stay exactly zero (the code divides 0 by 0).
 - The symmetric choice of X uses S_A^-1; the code uses S_A there.
 - Weight decay never touches the base weight (the older code's full mode decays it too).
@@ -49,6 +50,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.errors import ConfigError
+from rankwise.linalg.solve import trace
 from rankwise.methods.base import Method, Slot, setting_faults
 from rankwise.optimizers.engine import PairOptimizer, Source
 from rankwise.optimizers.orthogonal import nearly_orthonormal
@@ -64,6 +66,7 @@ FreeMatrix = Literal["sylvester", "zero", "symmetry"]
 StateDtype = Literal["float32", "bfloat16"]
 
 _DOUBTFUL = 50.0
+_NUMBERS = ("steps", "correction1", "correction2", "moves", "move", "shrink")
 _BLOCK_BYTES = 1 << 26  # of one dense temporary; about four live at once
 
 
@@ -113,8 +116,9 @@ class LoRAPro(Method):
         )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             faults.append(f"lora-pro.betas: {self.betas!r} are out of range; use two numbers in [0, 1)")
-        if self.amsgrad and self.mode != "full":
-            faults.append(f"lora-pro.amsgrad: it is for mode full, and mode is {self.mode}; leave it out")
+        for key, unset in (("amsgrad", False), ("state_dtype", "float32")):
+            if self.mode != "full" and getattr(self, key) != unset:
+                faults.append(f"lora-pro.{key}: it is for mode full, and mode is {self.mode}; leave it out")
         if faults:
             raise ConfigError(faults)
 
@@ -156,7 +160,7 @@ class LoRAProOptimizer(PairOptimizer):
         delta: added to S_A and S_B before they are inverted, > 0.
         delta_rel: the same relative to the mean of their diagonals.
         amsgrad: keep the largest second moment (full mode only).
-        state_dtype: of full mode's moments.
+        state_dtype: of full mode's moments (float64 for float64 parameters).
         adapter_name: which adapter of the model.
         momentum: refused: SGD on adjusted gradients has none.
 
@@ -196,9 +200,9 @@ class LoRAProOptimizer(PairOptimizer):
             if value not in known
         ]
         if momentum:
-            faults.append(f"momentum is {momentum!r}: LoRA-Pro has none in sgd mode; use mode 'efficient' or 'full'")
-        if amsgrad and mode != "full":
-            faults.append(f"amsgrad is for mode 'full', and mode is {mode!r}")
+            faults.append(f"momentum is {momentum!r}: LoRA-Pro has none of its own; leave it out")
+        if mode != "full" and (amsgrad or state_dtype != torch.float32):
+            faults.append(f"amsgrad and state_dtype are for mode 'full', and mode is {mode!r}: leave them out")
         if not 0 < delta < math.inf or not 0 <= delta_rel < math.inf:
             faults.append(
                 f"delta is {delta!r} and delta_rel {delta_rel!r}: delta must be above 0, delta_rel at least 0"
@@ -222,10 +226,10 @@ class LoRAProOptimizer(PairOptimizer):
             raise ConfigError(f"{' and '.join(said)}: LoRA-Pro has no momentum of its own; leave it out")
 
     def _step_plain(self, group: dict[str, Any]) -> None:
-        if isinstance(self._rule, ProEfficient | ProFull):
-            super()._step_plain(group)
-        else:
+        if isinstance(self._rule, ProSGD):
             descend_plain(group)
+        else:
+            super()._step_plain(group)
 
 
 # --- equations ----------------------------------------------------------------------------------------------------
@@ -274,8 +278,9 @@ def free_matrix(
 ) -> Float[Tensor, "*b r r"]:
     """The matrix X that both adjusted gradients share.
 
-    `sylvester` solves S_B X + X S_A = -S_B^-1 gA A^T / s^2, which keeps (hA, hB) closest to (gA, gB); `symmetry` makes
-    B hA and hB A equal in norm; `zero` makes the product's step independent of the factorization.
+    `sylvester` solves S_B X + X S_A = -S_B^-1 gA A^T / s^2, which keeps (hA, hB) closest to (gA, gB); `symmetry` brings
+    B hA and hB A as close together as they can be; `zero` makes the product's step independent of the factorization
+    (in `sgd` and `full` mode).
 
     Args:
         mode: which.
@@ -345,7 +350,7 @@ class _Solution:
 
     def deltas(self, block: Block) -> dict[Side, Tensor]:
         """What is added to the eigenvalues of both sides: delta + delta_rel * trace(S) / r, [N, 1]."""
-        means = {side: _trace(block.halves[side].products["gram"]) / block.rank for side in SIDES}
+        means = {side: trace(block.halves[side].products["gram"]) / block.rank for side in SIDES}
         return {side: (self.delta + self.delta_rel * means[side])[:, None] for side in SIDES}
 
     def spectra(self, block: Block, found: Measured) -> Spectra:
@@ -369,6 +374,8 @@ class _Solution:
                 {"own": own * mask, "mixed": torch.where(both, mixed, 0.0) * mask},
                 {
                     "steps": half.steps,
+                    "correction1": 1 - block.hyper["beta1"] ** half.steps.clamp(min=1),
+                    "correction2": 1 - block.hyper["beta2"] ** half.steps.clamp(min=1),
                     "moves": moves,
                     "move": half.rate * moves,
                     "shrink": 1 - half.rate * block.hyper["weight_decay"] * moves,
@@ -387,12 +394,12 @@ class _Solution:
 
 
 @dataclass(frozen=True)
-class ProSGD:
-    """F <- (1 - lr wd) F - lr h."""
+class _ProRule:
+    """What the modes have in common; each moves the factors in its own way."""
 
     solution: _Solution
 
-    tall_state: ClassVar[tuple[str, ...]] = ()
+    reduced_state: ClassVar[tuple[str, ...]] = ()
     square_state: ClassVar[tuple[str, ...]] = ()
     number_state: ClassVar[Mapping[str, float]] = {}
 
@@ -414,19 +421,26 @@ class ProSGD:
         """See `_Solution.look_again`."""
         return self.solution.look_again(pair)
 
-    def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
-        """See `_Solution.solve`."""
-        return self.solution.solve(blocks, measured)
-
     def still(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Coefficients under which nothing moves."""
-        return {"own": 0.0, "mixed": 0.0}, {"steps": 1.0, "moves": 0.0, "move": 0.0, "shrink": 1.0}
+        return {"own": 0.0, "mixed": 0.0}, dict.fromkeys(_NUMBERS, 1.0) | {"moves": 0.0, "move": 0.0}
 
     def adjusted_grad(self, tall: Tall, matrices: Mapping[str, Tensor]) -> Tensor:
         """H = own g + mixed F, in scratch memory."""
         h = tall.combine(matrices["own"], tall.grad, tall.room("adjusted"))
         tall.add_combined(h, matrices["mixed"], tall.factor)
         return h
+
+
+@dataclass(frozen=True)
+class ProSGD(_ProRule):
+    """F <- (1 - lr wd) F - lr h."""
+
+    tall_state: ClassVar[tuple[str, ...]] = ()
+
+    def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
+        """See `_Solution.solve`."""
+        return self.solution.solve(blocks, measured)
 
     def apply(self, tall: Tall, matrices: Mapping[str, Tensor], numbers: Mapping[str, Amount]) -> None:
         """Moves the factors; those that stand have a rate of 0."""
@@ -436,10 +450,14 @@ class ProSGD:
 
 
 @dataclass(frozen=True)
-class ProEfficient(ProSGD):
+class ProEfficient(_ProRule):
     """AdamW on the adjusted gradients, each factor with its own count of steps."""
 
     tall_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
+        """See `_Solution.solve`."""
+        return self.solution.solve(blocks, measured)
 
     def apply(self, tall: Tall, matrices: Mapping[str, Tensor], numbers: Mapping[str, Amount]) -> None:
         """One AdamW step: torch's fused one on a CPU, masked arithmetic where only the device knows who moves."""
@@ -452,8 +470,10 @@ class ProEfficient(ProSGD):
 
 
 @dataclass(frozen=True)
-class ProFull(ProSGD):
+class ProFull(_ProRule):
     """AdamW on the equivalent gradient E = s (B hA + hB A), projected back on the factors (the paper's mode)."""
+
+    tall_state: ClassVar[tuple[str, ...]] = ()
 
     amsgrad: bool
     state_dtype: torch.dtype
@@ -472,37 +492,44 @@ class ProFull(ProSGD):
             spectra = self.solution.spectra(block, found)
             own = self.solution.coefficients(block, spectra, found["cross"], torch.zeros_like(found["cross"]))
             alive, deltas = torch.diag_embed((~block.dead).double()), self.solution.deltas(block)
-            for side in SIDES:
-                values, vectors = found[f"values_{side}"].clamp(min=0), found[f"vectors_{side}"]
-                gram = (vectors * values.unsqueeze(-2)) @ vectors.mT
-                own[side].matrices |= {"gram": gram, "alive": alive}
+            grams = torch.cat([_padded_last(block, found, side) for side in SIDES])
+            values, vectors = (part.chunk(2) for part in torch.linalg.eigh(grams))
+            for index, side in enumerate(SIDES):
+                own[side].matrices |= {"values": torch.diag_embed(values[index]), "vectors": vectors[index]}
+                own[side].matrices["alive"] = alive
                 own[side].numbers |= {"scaling": block.scaling, "delta": deltas[side][:, 0]}
             decided.append(own)
         return decided
 
+    def apply(self, tall: Tall, matrices: Mapping[str, Tensor], numbers: Mapping[str, Amount]) -> None:
+        """Never called: pairs move as a whole."""
+        raise AssertionError("full mode moves pairs, not factors")
+
     def apply_pair(
-        self, tall: Mapping[Side, Tall], coefficients: Mapping[Side, Coefficients], state: Mapping[str, Tensor]
+        self,
+        tall: Mapping[Side, Tall],
+        matrices: Mapping[Side, Mapping[str, Tensor]],
+        numbers: Mapping[Side, Mapping[str, float]],
+        state: Mapping[str, Tensor],
     ) -> None:
         """Steps 1 to 7 of the full mode for one pair."""
         A, B = tall["A"].factor, tall["B"].factor
-        numbers = {side: {n: float(v) for n, v in coefficients[side].numbers.items()} for side in SIDES}
         moving = {side: numbers[side]["moves"] > 0 for side in SIDES}
-        h = {side: self._adjusted_of(tall[side], coefficients[side]) * float(moving[side]) for side in SIDES}
+        h = {side: self._adjusted_of(tall[side], matrices[side]) * float(moving[side]) for side in SIDES}
         steps = int(max(numbers[side]["steps"] for side in SIDES if moving[side]))
         scaling = numbers["A"]["scaling"]
         grad_A, grad_B = _through_moments(A, B, h["A"], h["B"], scaling, steps, tall["A"].hyper, state)
         cross = (B.mT @ grad_B).double()
-        solved = {side: torch.linalg.eigh(coefficients[side].matrices["gram"]) for side in SIDES}
         spectra = Spectra.of(
-            {side: solved[side][0] for side in SIDES},
-            {side: solved[side][1] for side in SIDES},
-            {side: coefficients[side].numbers["delta"] for side in SIDES},
+            {side: matrices[side]["values"].diagonal() for side in SIDES},
+            {side: matrices[side]["vectors"] for side in SIDES},
+            {side: torch.full((1,), numbers[side]["delta"], dtype=torch.float64, device=A.device) for side in SIDES},
             torch.finfo(A.dtype).eps,
         )
         weight = torch.full((1, 1), scaling**-2, dtype=torch.float64, device=A.device)
         X = free_matrix(self.solution.x_mode, spectra, cross, weight)
         found = adjusted(spectra, cross, X, weight)
-        alive = coefficients["A"].matrices["alive"]
+        alive = matrices["A"]["alive"]
         hyper = tall["A"].hyper
         both = moving["A"] and moving["B"]
         shrink = 1 - hyper["lr"] * hyper["weight_decay"]
@@ -520,8 +547,18 @@ class ProFull(ProSGD):
                 tall[side].shrink(shrink)
                 tall[side].subtract(moves[side], tall[side].hyper["lr"])
 
-    def _adjusted_of(self, tall: Tall, coefficients: Coefficients) -> Tensor:
-        return self.adjusted_grad(tall, {n: m.to(tall.factor.dtype) for n, m in coefficients.matrices.items()})
+    def _adjusted_of(self, tall: Tall, matrices: Mapping[str, Tensor]) -> Tensor:
+        return self.adjusted_grad(tall, {n: matrices[n].to(tall.factor.dtype) for n in ("own", "mixed")})
+
+
+def _padded_last(block: Block, found: Measured, side: Side) -> Tensor:
+    """The Gram matrix again, with padding above its largest eigenvalue, so that padding comes last in its spectrum."""
+    values, vectors = found[f"values_{side}"].clamp(min=0), found[f"vectors_{side}"]
+    gram = (vectors * values.unsqueeze(-2)) @ vectors.mT
+    if block.padding is None:
+        return gram
+    fill = 2 * trace(gram) + 1
+    return gram + torch.diag_embed(block.padding * fill[:, None])
 
 
 def _through_moments(
@@ -585,18 +622,13 @@ def _fused(tall: Tall, h: Tensor, first: Tensor, second: Tensor, steps: Sequence
 
 def _masked(tall: Tall, h: Tensor, first: Tensor, second: Tensor, numbers: Mapping[str, Amount]) -> None:
     """The same with a rate of 0 for factors that stand, whose moments stay."""
-    hyper, steps = tall.hyper, torch.as_tensor(numbers["steps"]).clamp(min=1)
-    moves = torch.as_tensor(numbers["moves"])
+    hyper, (moves, move, shrink) = tall.hyper, (torch.as_tensor(numbers[n]) for n in ("moves", "move", "shrink"))
     first.lerp_(h, (1 - hyper["beta1"]) * moves)
     second.lerp_(h.square(), (1 - hyper["beta2"]) * moves)
-    root = (second.sqrt() / (1 - hyper["beta2"] ** steps).sqrt()).add_(hyper["eps"])
-    tall.factor.mul_(torch.as_tensor(numbers["shrink"]))
-    tall.factor.addcdiv_(first * (torch.as_tensor(numbers["move"]) / (1 - hyper["beta1"] ** steps)), root, value=-1)
+    root = (second.sqrt() / torch.as_tensor(numbers["correction2"]).sqrt()).add_(hyper["eps"])
+    tall.factor.mul_(shrink)
+    tall.factor.addcdiv_(first * (move / torch.as_tensor(numbers["correction1"])), root, value=-1)
 
 
 def _weight(block: Block) -> Tensor:
     return block.scaling.square().reciprocal()[:, None, None]
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -36,13 +36,15 @@ Departures, with reasons:
 - State survives `load_state_dict` (the code starts it anew), groups have their own settings, a missing or non-finite
   gradient leaves its pair alone (the code crashes or is poisoned).
 - Small matrices are float64; tall products are float32, or float64 for float64 parameters and on accelerators. On a
-  CPU a pair of a condition above 50, and every float64 pair, gets a second pass over orthogonalized factors.
-- A factor that something else wrote to between steps (its version counter tells) has a new basis, which is then taken
-  for the old one: moments keep their coordinates.
+  CPU a pair of a condition above 50 (the float32 Gram matrix has lost three of its seven digits there), and every
+  float64 pair, gets a second pass over orthogonalized factors, which takes about four times as long.
+- After something else wrote to a factor between steps (its version counter tells; a write through `.data` is not
+  seen), moments are carried by the rotation nearest to what the overlap of the bases would be.
 - A half without a gradient in one step stays; its moments are carried on, without decay.
 - The paper's unconditional escaped mass is off by default, as in the code.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,6 +55,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.errors import ConfigError
+from rankwise.linalg.solve import trace
 from rankwise.methods.base import Method, Slot, setting_faults
 from rankwise.optimizers.engine import PairOptimizer, Source
 from rankwise.optimizers.orthogonal import nearly_orthonormal
@@ -63,6 +66,7 @@ __all__ = ["LoRARITE", "LoRARITEOptimizer"]
 
 _DOUBTFUL = 50.0
 _WELL_CONDITIONED = 10.0
+_SEEN = 1e-6
 _PLAIN_EPS = 1e-8
 
 
@@ -167,13 +171,21 @@ class LoRARITEOptimizer(PairOptimizer):
         balance_param: bool = False,
         adapter_name: str = "default",
     ) -> None:
+        settings = {"clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping}
+        faults = [
+            f"{name} is {value!r}: it must be a number; 0 is off"
+            for name, value in {**settings, "update_capping": update_capping}.items()
+            if not isinstance(value, int | float) or math.isnan(value)
+        ]
+        if faults:
+            raise ConfigError(faults)
         rule = RiteRule(clip_unmagnified_grad, update_skipping, update_capping, apply_escape, balance_param)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plain_eps": _PLAIN_EPS}
         super().__init__(model_or_groups, rule, {**defaults, "rule": LoRARITE.id}, adapter_name)
 
     def _check_pair_group(self, group: Mapping[str, Any]) -> None:
-        ratio = group.get("lr_ratio", group.get("loraplus_lr_ratio"))
-        if ratio not in (None, 1, 1.0):
+        ratio = group.get("lr_ratio", group.get("loraplus_lr_ratio", 1.0))
+        if ratio != 1:
             raise ConfigError(
                 f"a learning-rate ratio of {ratio!r} between lora_B and lora_A (LoRA+) cannot be used with lora-rite: "
                 "its step has no separate magnitudes to weigh; leave the ratio out"
@@ -205,7 +217,7 @@ def basis(gram: Float[Tensor, "*b r r"], cutoff: float, *, on_host: bool) -> tup
     lower, failed = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False).mT
-    size = inverse.square().sum((-2, -1)) * _trace(gram) / gram.shape[-1]
+    size = inverse.square().sum((-2, -1)) * trace(gram) / gram.shape[-1]
     condition = size.sqrt()
     doubtful = (failed > 0) | ~(condition * cutoff < 1)
     if bool(doubtful.any()):
@@ -216,7 +228,8 @@ def basis(gram: Float[Tensor, "*b r r"], cutoff: float, *, on_host: bool) -> tup
 def _symmetric_basis(gram: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     largest = values[..., -1:].clamp(min=0)
-    kept = values > cutoff**2 * largest
+    rounding = gram.shape[-1] * torch.finfo(gram.dtype).eps
+    kept = values > max(cutoff**2, rounding) * largest
     root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
     condition = (root.square().sum(-1) * values.clamp(min=0).sum(-1) / values.shape[-1]).sqrt()
     whole = kept.all(-1) | (largest[..., 0] == 0)
@@ -242,7 +255,7 @@ def escaped_mass(before: Float[Tensor, "*b r r"], after: Float[Tensor, "*b r r"]
     Source: gkevinyen5418/LoRA-RITE c9bb451.
     """
     gap = (torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(after)).amax(-1).clamp(min=0)
-    return torch.minimum(gap, (_trace(before) - _trace(after)).clamp(min=0))
+    return torch.minimum(gap, (trace(before) - trace(after)).clamp(min=0))
 
 
 def inverse_root(
@@ -254,10 +267,10 @@ def inverse_root(
     return vectors, 1.0 / (root + eps.unsqueeze(-1))
 
 
-def unmagnified_factor(squares: Sequence[Tensor], limit: float) -> Tensor | float:
+def unmagnified_factor(squares: Sequence[Tensor], limit: float) -> Float[Tensor, ""]:
     """What all unmagnified gradients are multiplied by: limit / norm where their common norm is above the limit."""
     if limit <= 0:
-        return 1.0
+        return torch.ones((), dtype=torch.float64)
     norm = torch.stack([square.sum().to(squares[0].device) for square in squares]).sum().sqrt()
     return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
 
@@ -294,6 +307,7 @@ class RiteRule:
 
     tall_state: ClassVar[tuple[str, ...]] = ("exp_avg",)
     """L = R_other^-1 M where `along` is 1 (the direction of the last step), else M."""
+    reduced_state: ClassVar[tuple[str, ...]] = ("exp_avg",)
     square_state: ClassVar[tuple[str, ...]] = ("precond", "basis")
     """V in the basis of the other factor, and R^-1 of this side's own factor at the last step."""
     number_state: ClassVar[Mapping[str, float]] = {
@@ -361,25 +375,28 @@ class RiteRule:
         for block, found in zip(blocks, measured, strict=True):
             alive = (~block.dead).double()
             for side in SIDES:
-                _keep_coordinates(block.halves[side], found, f"old_{side}")
+                _nearest_rotation(block.halves[side], found, f"old_{side}")
                 found[f"inverse_{side}"] *= alive[:, :, None]  # rounding must not reach indices that are zero in both
         squares = [
-            {side: _trace(found[f"grad_{side}"]) * self._taken(block, found, side) for side in SIDES}
+            {side: trace(found[f"grad_{side}"]) * self._taken(block, found, side) for side in SIDES}
             for block, found in zip(blocks, measured, strict=True)
         ]
         factor = unmagnified_factor([s for one in squares for s in one.values()], self.clip)
-        return [self._solved(block, found, factor) for block, found in zip(blocks, measured, strict=True)]
+        return [
+            self._solved(block, found, factor.to(block.rank.device))
+            for block, found in zip(blocks, measured, strict=True)
+        ]
 
     def _taken(self, block: Block, found: Measured, side: Side) -> Tensor:
         """1 where the unmagnified gradient is used, 0 where it is skipped (step 2) or the factor does not move."""
         half = block.halves[side]
         taken = half.moves
         if self.skip > 0:
-            mean = _trace(found[f"grad_{side}"]) / (block.rank * half.length)
+            mean = trace(found[f"grad_{side}"]) / (block.rank * half.length)
             taken = taken & (mean.clamp(min=0).sqrt() <= self.skip)
         return taken.double()
 
-    def _solved(self, block: Block, found: Measured, clip: Tensor | float) -> dict[Side, Coefficients]:
+    def _solved(self, block: Block, found: Measured, clip: Tensor) -> dict[Side, Coefficients]:
         taken = {side: self._taken(block, found, side) * clip for side in SIDES}
         second = {side: self._second_moment(block, found, side, taken[side]) for side in SIDES}
         roots, powers = inverse_root(
@@ -414,7 +431,7 @@ class RiteRule:
             )
         if self.cap > 0:
             for side in SIDES:
-                mean = _trace(moments[side].square(block, found, side)) / (block.rank * block.halves[side].length)
+                mean = trace(moments[side].square(block, found, side)) / (block.rank * block.halves[side].length)
                 decided[side].numbers["move"] /= (mean.clamp(min=0).sqrt() / self.cap).clamp(min=1)
         if self.balance:
             self._balance(block, found, decided, moments)
@@ -431,7 +448,7 @@ class RiteRule:
     def _second_moment(self, block: Block, found: Measured, side: Side, taken: Tensor) -> Tensor:
         """V after transport, escape and this step's gradient (steps 4 to 6)."""
         half, across = block.halves[side], block.halves[other(side)]
-        P = found[f"old_{other(side)}"] @ across.state["basis"]
+        P = _contraction(found[f"old_{other(side)}"] @ across.state["basis"], block.rank)
         before = half.state["precond"]
         after = transported(P, before)
         rate = torch.where(half.moves, decay_rate(block.hyper["beta2"], half.steps), 1.0)
@@ -453,9 +470,9 @@ class RiteRule:
             products, across, moment = block.halves[side].products, found[f"inverse_{other(side)}"], moments[side]
             move, shrink = decided[side].numbers["move"], decided[side].numbers["shrink"]
             along = products["moment"] @ moment.keep.mT + found[f"factor_grad_{side}"] @ moment.fresh.mT
-            cross = _trace(along @ across.mT)
-            direction = _trace(across @ moment.square(block, found, side) @ across.mT)
-            square = shrink.square() * _trace(products["gram"]) - 2 * shrink * move * cross + move.square() * direction
+            cross = trace(along @ across.mT)
+            direction = trace(across @ moment.square(block, found, side) @ across.mT)
+            square = shrink.square() * trace(products["gram"]) - 2 * shrink * move * cross + move.square() * direction
             norms[side] = square.clamp(min=0).sqrt()
         both = block.halves["A"].moves & block.halves["B"].moves
         for side, scale in zip(SIDES, balance_factors(norms["A"], norms["B"]), strict=True):
@@ -480,7 +497,9 @@ class RiteRule:
 
 def _outward(along: Tensor, inverse: Tensor) -> Tensor:
     """What turns a stored moment into the direction of its step: nothing where it lies along it, or R_other^-1."""
-    return torch.where(along[..., None, None] != 0, torch.eye(inverse.shape[-1]).to(inverse), inverse)
+    return torch.where(
+        along[..., None, None] != 0, torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device), inverse
+    )
 
 
 def _old_factor(own: Tensor, along: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -504,12 +523,23 @@ def _orthonormal(tall: Tall, rows: Tensor, epsilon: float) -> tuple[Tensor, Tens
     return inverse @ (left * held), right.mT * torch.where(held, 1.0 / torch.where(held, sizes, 1.0), 0.0)
 
 
-def _keep_coordinates(half: Half, found: Measured, name: str) -> None:
-    """U^T F_old of edited factors becomes R_old, so that the overlap of both bases is the identity."""
-    if half.edited is not None:
-        old = torch.linalg.pinv(half.state["basis"])
-        found[name] = torch.where(half.edited[:, None, None], old, found[name])
+def _nearest_rotation(half: Half, found: Measured, name: str) -> None:
+    """For edited factors, U^T F_old such that the overlap with the old basis is the rotation nearest to it.
+
+    How far an edit turned the basis is not known apart from the step before it: the polar factor keeps the moments'
+    directions and sizes where the edit left the factor's column space alone.
+    """
+    if half.edited is None:
+        return
+    left, sizes, right = torch.linalg.svd(found[name] @ half.state["basis"])
+    turned = (left * (sizes > _SEEN).to(left)[:, None, :]) @ right @ torch.linalg.pinv(half.state["basis"])
+    found[name] = torch.where(half.edited[:, None, None], turned, found[name])
 
 
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _contraction(overlap: Tensor, rank: Tensor) -> Tensor:
+    """The overlap of two orthonormal bases, scaled down where its norm is above any that such an overlap can have.
+
+    It is so after an edit that nobody saw (through `.data`): moments must not grow by it.
+    """
+    size = overlap.square().sum((-2, -1))
+    return overlap * torch.where(size > 1.01 * rank, (rank / size).sqrt(), 1.0)[:, None, None]

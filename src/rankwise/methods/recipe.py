@@ -10,6 +10,7 @@ from rankwise.methods.lora import LoRA
 from rankwise.methods.registry import METHODS, RESERVED, method_class, method_from_id
 
 __all__ = [
+    "LORA_OPTIONS",
     "METHODS",
     "REFUSALS",
     "REMARKS",
@@ -35,6 +36,8 @@ class Situation:
         fsdp: whether the trainer shards the model with FSDP.
         deepspeed: the ZeRO stage of a DeepSpeed engine (0 shards nothing); None without one.
         learning_rate_ratio: the rate of lora_B over that of lora_A, as LoRA+ sets it.
+        optim: the optimizer that the trainer builds where the recipe brings none, by TrainingArguments' name; empty
+            where that is not known.
     """
 
     quantized: bool = False
@@ -44,6 +47,7 @@ class Situation:
     fsdp: bool = False
     deepspeed: int | None = None
     learning_rate_ratio: float = 1.0
+    optim: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,9 @@ class Remark:
     text: Callable[[Recipe], str]
 
 
-# PEFT options that change what lora_B @ lora_A means, or who owns the factors, and what may stand there.
-_LORA_OPTIONS: Mapping[str, str] = {
+LORA_OPTIONS: Mapping[str, str] = {
+    "bias": "a plain adapter holds no bias; leave it out",
+    "init_lora_weights": "the method owns the start of the factors; leave it out",
     "use_rslora": "the method owns the scaling; use rora for alpha / sqrt(rank)",
     "rank_pattern": "the plan owns the ranks; edit them in a plan file",
     "alpha_pattern": "the plan owns the scalings; leave it out",
@@ -178,6 +183,9 @@ _LORA_OPTIONS: Mapping[str, str] = {
     "eva_config": "EVA initializes lora_A itself; leave it out",
     "lora_ga_config": "PEFT's LoRA-GA writes the base weights; leave it out",
 }
+"""PEFT options that change what lora_B @ lora_A means, or who owns the factors: the reason, and what to do."""
+_NEUTRAL: Mapping[str, object] = {"bias": "none", "init_lora_weights": True}
+"""Those whose value that changes nothing is not an empty one."""
 
 
 def _colliding(recipe: Recipe) -> dict[Slot, list[str]]:
@@ -186,13 +194,12 @@ def _colliding(recipe: Recipe) -> dict[Slot, list[str]]:
 
 
 def _refused_options(situation: Situation) -> list[str]:
-    asked = {key: value for key, value in situation.lora_options.items() if value not in (None, False, (), [], {})}
-    told = [f"{key}: {_LORA_OPTIONS[key]}" for key in asked if key in _LORA_OPTIONS]
-    if asked.get("bias", "none") != "none":
-        told.append(f"bias: {asked['bias']!r}: a plain adapter holds no bias; use none")
-    start = situation.lora_options.get("init_lora_weights", True)
-    if start is not True:
-        told.append(f"init_lora_weights: {start!r}: the method owns the start of the factors; use true")
+    told = []
+    for key, value in situation.lora_options.items():
+        if key in _NEUTRAL and value != _NEUTRAL[key]:
+            told.append(f"{key}: {value!r}: {LORA_OPTIONS[key]}")
+        elif key in LORA_OPTIONS and key not in _NEUTRAL and value not in (None, False, (), [], {}):
+            told.append(f"{key}: {LORA_OPTIONS[key]}")
     return told
 
 
@@ -231,6 +238,19 @@ def _unready_engine(recipe: Recipe, situation: Situation) -> str:
     return ""
 
 
+def _unread_momentum(recipe: Recipe, situation: Situation) -> str:
+    """The optimizer whose momentum mgpo wants and cannot read, by name; empty if it can, or keeps its own."""
+    schedule = recipe.schedule
+    wanted = getattr(schedule, "own_momentum", "") == "never" and getattr(schedule, "rho", 0) > 0
+    if not wanted:
+        return ""
+    if recipe.optimize is not None:
+        return recipe.optimize.id
+    return "" if situation.optim in ("", *_READABLE) else situation.optim
+
+
+_READABLE = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+"""Of transformers 5.23's optimizers, those that are torch's Adam or derive from it."""
 _PAIR_OPTIMIZERS = ("lora-pro", "lora-rite")
 _NO_DEEPSPEED = frozenset({"sora", "ab-lora", "beamlora", "xgblora"})
 
@@ -342,9 +362,15 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda recipe, situation: bool(_unready_engine(recipe, situation)),
         lambda recipe, situation: (
             f"{_together(recipe)} cannot train under {_unready_engine(recipe, situation)}, which "
-            f"{_engine_reason(recipe)}; start it with torchrun or accelerate launch without that engine (DDP), "
-            f"{'' if _has(recipe, 'ab-lora', 'beamlora') else 'shard it by fully_shard in a loop of your own, '}or use "
-            "lora, gora or rora, which bring no optimizer and no schedule of their own"
+            f"{_engine_reason(recipe)}; start it with torchrun or accelerate launch without that engine (DDP)"
+            f"{_instead_of_engine(recipe, situation)}"
+        ),
+    ),
+    Refusal(
+        lambda recipe, situation: bool(_unread_momentum(recipe, situation)),
+        lambda recipe, situation: (
+            f"mgpo.own_momentum: never, and {_unread_momentum(recipe, situation)} keeps no momentum of the gradients "
+            "that could be read; use auto, or train with AdamW or SGD with momentum"
         ),
     ),
 )
@@ -407,6 +433,15 @@ def _engine_reason(recipe: Recipe) -> str:
     if recipe.optimize is not None:
         return f"takes the pairs of lora_A and lora_B apart that {recipe.optimize.id} moves together"
     return "owns the gradients and the optimizer's state that the schedule reads and edits"
+
+
+def _instead_of_engine(recipe: Recipe, situation: Situation) -> str:
+    """What would train beside DDP; under DeepSpeed no recipe does, because its optimizer cannot be watched."""
+    sharded = "" if _has(recipe, "ab-lora", "beamlora") else "shard it by fully_shard in a loop of your own"
+    if situation.deepspeed is not None:
+        return f", or {sharded}" if sharded else ""
+    bare = "or use lora, gora or rora, which bring no optimizer and no schedule of their own"
+    return f", {sharded}, {bare}" if sharded else f", {bare}"
 
 
 def _others(recipe: Recipe, method_id: str) -> str:

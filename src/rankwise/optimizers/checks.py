@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from rankwise.errors import ConfigError
 
 __all__ = ["check_gradients", "check_settings", "state_faults"]
@@ -20,6 +22,19 @@ def check_settings(groups: Sequence[Mapping[str, Any]]) -> None:
     for number, group in enumerate(groups):
         rate, betas = group["lr"], group["betas"]
         where = f" of group {number}" if len(groups) > 1 else ""
+        kinds = (rate, group["eps"], group["weight_decay"])
+        if not all(isinstance(value, int | float | Tensor) for value in kinds) or not isinstance(betas, list | tuple):
+            faults.append(
+                f"lr, eps, weight_decay and betas{where} must be numbers, and betas two: got {kinds}, {betas!r}"
+            )
+            continue
+        ratio = group.get("lr_ratio", 1.0)
+        if not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
+            faults.append(
+                f"lr_ratio{where} is {ratio!r}: it must be a finite number above 0 (LoRA+: lora_B's over lora_A's)"
+            )
+        if "loraplus_lr_ratio" in group:
+            faults.append(f"loraplus_lr_ratio{where}: an optimizer over pairs calls it lr_ratio; rename it")
         if not 0 <= float(rate) < float("inf"):
             faults.append(f"lr{where} is {rate!r}: it must be a finite number >= 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -40,7 +55,7 @@ def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
     """
     for number, group in enumerate(groups):
         paired = group["kind"] == "lora_pair"
-        decay = float(group["lr"]) * float(group["weight_decay"])
+        decay = float(group["lr"]) * float(group["weight_decay"]) * max(1.0, float(group.get("lr_ratio", 1.0)))
         if paired and decay >= 1:
             raise ConfigError(
                 f"lr * weight_decay of group {number} is {decay:g}: it must be below 1, or factors would flip"
@@ -55,8 +70,8 @@ def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
                 )
             if grad is not None and (grad.is_sparse or grad.is_complex()):
                 raise ConfigError(
-                    f"the gradient of parameter {place} of group {number} is sparse or complex: only dense real "
-                    "gradients can be used"
+                    f"the gradient of parameter {place} of group {number} is sparse or complex: make it dense and "
+                    "real before the step"
                 )
 
 

@@ -40,7 +40,8 @@ class PairOptimizer(Optimizer):
     Args:
         source: a PEFT model (its trainable pairs and, in a plain group, whatever else is trainable), or groups
             `{"params": [A1, B1, A2, B2, ...], "kind": "lora_pair", "scaling": [s1, s2, ...]}` and
-            `{"params": [...], "kind": "plain"}`.
+            `{"params": [...], "kind": "plain"}`. Both take `lr`, `betas`, `eps`, `weight_decay` and `maximize` of their
+            own, a group of pairs `names` (for messages) and `lr_ratio` (LoRA+: the rate of lora_B over lora_A's).
         rule: how pairs move.
         defaults: `lr`, `betas`, `eps`, `weight_decay` of groups that do not say; `plain_eps` is AdamW's.
         adapter_name: which adapter of the model.
@@ -54,10 +55,11 @@ class PairOptimizer(Optimizer):
         self._layout: Layout | None = None
         self._scratch = Scratch()
         self._readers: dict[int, ScalingReader] = {}
+        self._versions: dict[int, int] = {}
         if isinstance(source, nn.Module):
             groups, self._readers = groups_of_model(source, adapter_name)
         else:
-            groups = [{**group, "params": _listed(group["params"])} for group in source]
+            groups = _given_groups(source)
         self._plain_eps = defaults.pop("plain_eps", defaults["eps"])
         for group in groups:
             self._complete(group)
@@ -186,6 +188,7 @@ class PairOptimizer(Optimizer):
             if saved is not None:
                 self.state[parameter] = {k: v.detach().to(parameter.device, copy=True) for k, v in saved.items()}
         self._layout = None
+        self._versions = {}
         self._known_scalings = self._scalings()
 
     # --- layout ---------------------------------------------------------------------------------------------------
@@ -202,6 +205,15 @@ class PairOptimizer(Optimizer):
                 "something put other parameters into the optimizer's groups: build the optimizer after the model is "
                 "wrapped (FSDP2), and do not hand it to an engine that flattens parameters (DeepSpeed ZeRO)"
             )
+        cast = [p for p, dtype in zip(known, self._layout.dtypes, strict=True) if p.dtype != dtype]
+        if cast:
+            raise ConfigError(
+                f"{len(cast)} factors were cast to {cast[0].dtype} since the last step: cast the model before its "
+                "optimizer is built, or build a new one"
+            )
+        if any(p.device != device for p, device in zip(known, self._layout.devices, strict=True)):
+            self._detach_state()
+            return self._ready()
         return self._layout
 
     def _detach_state(self) -> None:
@@ -209,18 +221,20 @@ class PairOptimizer(Optimizer):
         if self._layout is not None:
             for pair in self._layout.pairs:
                 for parameter in (pair.lora_A, pair.lora_B):
-                    self.state[parameter] = {name: value.clone() for name, value in self.state[parameter].items()}
+                    own = self.state[parameter].items()
+                    self.state[parameter] = {name: value.to(parameter.device, copy=True) for name, value in own}
         self._layout = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle take: the state itself, no stacks and no readers of a model."""
-        kept = {"_rule": self._rule, "_known_scalings": self._known_scalings, "_building": False}
-        return {**super().__getstate__(), **kept, "_layout": None, "_readers": {}, "_scratch": Scratch()}
+        """What copy and pickle take: the state itself, no stacks and no readers of a model's scalings."""
+        kept = {name: getattr(self, name) for name in ("_rule", "_known_scalings", "_plain_eps", "_building")}
+        gone: dict[str, Any] = {"_layout": None, "_readers": {}, "_versions": {}, "_scratch": Scratch()}
+        return {**super().__getstate__(), **kept, **gone}
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def _step_pairs(self, layout: Layout) -> None:
-        present = Present(layout)
+        present = Present(layout, self._versions)
         if not present.any:
             return
         self._reread_masters(layout, present)
@@ -235,10 +249,19 @@ class PairOptimizer(Optimizer):
             self._apply(layout, decided, blocks, present, hyper)
         for chunk in layout.chunks:
             chunk.let_go()
-        layout.versions = [(pair.lora_A._version, pair.lora_B._version) for pair in layout.pairs]
+        self._remember_versions(layout, blocks, present)
         for stack, block in zip(layout.stacks, blocks, strict=True):
             for side in SIDES:
                 stack.steps[side].copy_(block.halves[side].steps)
+
+    def _remember_versions(self, layout: Layout, blocks: Sequence[Block], present: Present) -> None:
+        """An edit counts until its pair has moved; only a CPU is asked whether a pair with gradients did."""
+        for stack, block in zip(layout.stacks, blocks, strict=True):
+            moved = block.pair_moves.tolist() if block.on_host else [present.of_pair(i) for i in stack.pairs]
+            for number, did in zip(stack.pairs, moved, strict=True):
+                pair = layout.pairs[number]
+                if did:
+                    self._versions |= {id(pair.lora_A): pair.lora_A._version, id(pair.lora_B): pair.lora_B._version}
 
     def _tall(self, chunk: Chunk, skipped: Sequence[bool] | None, hyper: Mapping[str, float]) -> Tall:
         """The chunk as the rule sees it, with this step's factors and gradients."""
@@ -265,7 +288,7 @@ class PairOptimizer(Optimizer):
             stack = layout.stacks[chunk.stack]
             tall = self._tall(chunk, present.skipped(chunk, layout), hyper[chunk.group][chunk.side])
             if tall.scratch is None:
-                tall = tall.to(torch.float64)
+                tall = tall.to(torch.float64, self._rule.reduced_state)
             home, missing = rows[chunk.stack][chunk.side], stack.rank - chunk.rank
             for name, product in self._rule.reduce(tall).items():
                 whole = torch.nn.functional.pad(product, (0, missing, 0, missing)) if missing else product
@@ -291,6 +314,11 @@ class PairOptimizer(Optimizer):
         finite = every.isfinite().flatten(1).all(1)
         zeroed = device.type != "cpu" or not bool(finite.all())
         own = [hyper[layout.pairs[i].group] for i in stack.pairs]
+        scaling = [self._known_scalings[i] for i in stack.pairs]
+        numbers = [[one[side]["lr"] for one in own] for side in SIDES]
+        numbers += [scaling, *([one["A"][name] for one in own] for name in _HYPER)]
+        sent = stack.numbers_on_device(numbers)
+        rates = dict(zip(SIDES, sent[:2], strict=True))
         halves: dict[Side, Half] = {}
         for side in SIDES:
             wide = {name: product.double() for name, product in products[side].items()}
@@ -302,16 +330,15 @@ class PairOptimizer(Optimizer):
                 state=stack.state[side],
                 steps=stack.steps[side] + moves,
                 moves=moves,
-                rate=torch.tensor([one[side]["lr"] for one in own], dtype=torch.float64, device=device),
-                edited=present.edited(layout, stack, side),
+                rate=rates[side],
+                edited=_flags(present.edited(layout, stack, side), device),
                 length=layout.lengths[number][side],
             )
-        scaling = [self._known_scalings[i] for i in stack.pairs]
         return Block(
             halves=halves,
             rank=stack.ranks,
-            scaling=torch.tensor(scaling, dtype=torch.float64, device=device),
-            hyper={n: torch.tensor([one["A"][n] for one in own], dtype=torch.float64, device=device) for n in _HYPER},
+            scaling=sent[2],
+            hyper=dict(zip(_HYPER, sent[3:], strict=True)),
             padding=stack.padding,
             epsilon=stack.epsilon,
             on_host=device.type == "cpu",
@@ -388,34 +415,29 @@ class PairOptimizer(Optimizer):
     ) -> None:
         for number, stack in enumerate(layout.stacks):
             moving = {side: blocks[number].halves[side].moves.tolist() for side in SIDES}
+            numbers = {side: {n: v.tolist() for n, v in decided[number][side].numbers.items()} for side in SIDES}
             for slot, pair in enumerate(stack.pairs):
                 if not (moving["A"][slot] or moving["B"][slot]):
                     continue
                 r = layout.pairs[pair].rank
                 tall = {side: self._alone(layout, pair, side) for side in SIDES}
-                own = {
-                    side: Coefficients(
-                        {n: m[slot, :r, :r] for n, m in decided[number][side].matrices.items()},
-                        {n: v[slot] for n, v in decided[number][side].numbers.items()},
-                    )
-                    for side in SIDES
+                matrices = {
+                    side: {n: m[slot, :r, :r] for n, m in decided[number][side].matrices.items()} for side in SIDES
                 }
-                rule.apply_pair(tall, own, layout.dense[pair])
+                own = {side: {n: v[slot] for n, v in numbers[side].items()} for side in SIDES}
+                rule.apply_pair(tall, matrices, own, layout.dense[pair])
                 for side in SIDES:
                     chunk, row = layout.chunk_of[pair, side]
                     if chunk.master is not None and moving[side][slot]:
                         chunk.scatter(chunk.master, [place != row for place in range(len(chunk.parameters))])
 
     def _reread_masters(self, layout: Layout, present: Present) -> None:
-        """A 16-bit parameter that something else wrote to is believed, not its old master."""
+        """A 16-bit parameter that something else wrote to (not through `.data`) is believed, not its old master."""
         for stack in layout.stacks:
             for side in SIDES:
-                edited = present.edited(layout, stack, side)
-                if edited is None:
-                    continue
-                for slot in edited.nonzero().flatten().tolist():
+                for slot, edited in enumerate(present.edited(layout, stack, side) or ()):
                     chunk, row = layout.chunk_of[stack.pairs[slot], side]
-                    if chunk.master is not None:
+                    if edited and chunk.master is not None:
                         chunk.rows(chunk.master)[row].copy_(full(chunk.parameters[row].detach()))
 
     # --- scalings and names ---------------------------------------------------------------------------------------
@@ -448,8 +470,22 @@ class PairOptimizer(Optimizer):
         return found
 
 
+def _given_groups(source: Iterable[Any]) -> list[dict[str, Any]]:
+    found = list(source)
+    if not all(isinstance(group, Mapping) and "params" in group for group in found):
+        raise ConfigError(
+            "an optimizer over pairs takes a PEFT model, or groups such as {'kind': 'lora_pair', 'params': [A1, B1, "
+            "A2, B2, ...], 'scaling': [s1, s2, ...]}: a bare list of parameters does not say which are pairs"
+        )
+    return [{**group, "params": _listed(group["params"])} for group in found]
+
+
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _flags(edited: Sequence[bool] | None, device: torch.device) -> Tensor | None:
+    return None if edited is None else torch.tensor(edited, device=device)
 
 
 def _hyper(group: Mapping[str, Any], side: Side) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Where each pair is while an optimizer lives: stacks, chunks, state as views of both, and what a step finds there."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ["Layout", "Present", "build_layout"]
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """Stacks and chunks, where each pair's halves are in them, and what the last step left the factors at."""
+    """Stacks and chunks, and where each pair's halves are in them."""
 
     pairs: list[Pair]
     stacks: list[Stack]
@@ -24,13 +24,19 @@ class Layout:
     chunk_of: dict[tuple[int, Side], tuple[Chunk, int]]
     lengths: list[dict[Side, Tensor]]
     dense: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    versions: list[tuple[int, int]] | None = None
+    dtypes: list[torch.dtype] = field(init=False)
+    devices: list[torch.device] = field(init=False)
+
+    def __post_init__(self) -> None:
+        halves = [half for pair in self.pairs for half in (pair.lora_A, pair.lora_B)]
+        self.dtypes, self.devices = [half.dtype for half in halves], [half.device for half in halves]
 
 
 class Present:
     """Which factors have a gradient in this step, and which were edited since the last; the host knows both."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, versions: Mapping[int, int]) -> None:
+        self._versions = versions
         self._has: dict[tuple[int, Side], bool] = {}
         for number, pair in enumerate(layout.pairs):
             self._has[number, "A"] = pair.lora_A.requires_grad and pair.lora_A.grad is not None
@@ -51,16 +57,19 @@ class Present:
             return torch.ones(len(stack.pairs), dtype=torch.bool, device=stack.ranks.device)
         return torch.tensor([self._has[number, side] for number in stack.pairs], device=stack.ranks.device)
 
-    def edited(self, layout: Layout, stack: Stack, side: Side) -> Tensor | None:
-        """Which factors of a stack something else wrote to since the last step; None if nothing did."""
-        if layout.versions is None:
-            return None
-        known = [layout.versions[number][side == "B"] for number in stack.pairs]
+    def of_pair(self, number: int) -> bool:
+        """Whether a factor of the pair has a gradient."""
+        return self._has[number, "A"] or self._has[number, "B"]
+
+    def edited(self, layout: Layout, stack: Stack, side: Side) -> list[bool] | None:
+        """Which factors of a stack something else wrote to since they were last stepped; None if nothing did.
+
+        The version counter tells, which a write through `.data` does not move.
+        """
         pairs = [layout.pairs[number] for number in stack.pairs]
-        live = [(pair.lora_A if side == "A" else pair.lora_B)._version for pair in pairs]
-        if live == known:
-            return None
-        return torch.tensor([a != b for a, b in zip(live, known, strict=True)], device=stack.ranks.device)
+        factors = [pair.lora_A if side == "A" else pair.lora_B for pair in pairs]
+        found = [factor._version != self._versions.get(id(factor), factor._version) for factor in factors]
+        return found if any(found) else None
 
 
 def build_layout(pairs: list[Pair], rule: StepRule, state: MutableMapping[Tensor, Any]) -> Layout:

@@ -17,6 +17,7 @@ ScalingReader = Callable[[], float]
 """Reads the multiplier that a layer applies at this moment."""
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda", "meta")
 _SHOWN = 3
 
 
@@ -151,9 +152,11 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 
 def _parameter_faults(parameter: Tensor, where: str) -> Iterable[str]:
     if parameter.is_sparse or parameter.layout != torch.strided:
-        yield f"{where} is sparse: only dense parameters can be trained"
+        yield f"{where} is sparse: give dense parameters only"
     elif parameter.is_complex():
-        yield f"{where} is complex: only real parameters can be trained"
+        yield f"{where} is complex: give real parameters only"
+    elif parameter.device.type not in _DEVICES:
+        yield f"{where} is on {parameter.device}, where float64 is missing: train on {' or '.join(_DEVICES[:2])}"
     elif parameter.dtype not in _FLOATING:
         yield f"{where} has the type {parameter.dtype}: use {', '.join(str(dtype) for dtype in _FLOATING)}"
 
@@ -171,7 +174,7 @@ def _shared_faults(listed: Sequence[tuple[Tensor, str]]) -> Iterable[str]:
     spans.sort(key=lambda span: span[:3])
     for (device, _, end, where), (next_device, begin, _, next_where) in itertools.pairwise(spans):
         if device == next_device and begin < end:
-            yield f"{next_where} shares memory with {where}: what is shared or listed twice would be stepped twice"
+            yield f"{next_where} is shared with {where} and would be stepped twice: list each once"
 
 
 def _pair_faults(group: Mapping[str, Any], number: int) -> Iterable[str]:

@@ -50,13 +50,18 @@ class Ready:
             numbers = {name: torch.where(moves, value, still[1][name]) for name, value in numbers.items()}
         self._matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
         self._numbers = {name: value.to(dtype) for name, value in numbers.items()}
-        self._rows = {name: matrix.unbind(0) for name, matrix in self._matrices.items()}
-        self._values = {n: v.tolist() if block.on_host else self._numbers[n].unbind(0) for n, v in numbers.items()}
+        self._rank = next(iter(matrices.values())).shape[-1]
+        # Only a CPU works on factors one by one.
+        self._slots: list[tuple[dict[str, Tensor], dict[str, float]]] = []
         self._steps: tuple[Tensor, ...] = ()
         if block.on_host:
+            rows = zip(*(matrix.unbind(0) for matrix in self._matrices.values()), strict=True)
+            values = zip(*(value.tolist() for value in numbers.values()), strict=True)
+            self._slots = [
+                (dict(zip(matrices, row, strict=True)), dict(zip(numbers, own, strict=True)))
+                for row, own in zip(rows, values, strict=True)
+            ]
             self._steps = block.halves[side].steps.float().unbind(0)
-        self._slots = [dict(zip(self._rows, row, strict=True)) for row in zip(*self._rows.values(), strict=True)]
-        self._rank = next(iter(matrices.values())).shape[-1]
 
     def staying(self, chunk: Chunk) -> list[bool] | None:
         """Which of a chunk's pairs stand, where the host knows that some do."""
@@ -72,13 +77,13 @@ class Ready:
         """How many steps each factor of a chunk has made, this one included; None where the host does not know."""
         return [self._steps[slot] for slot in chunk.slots] if self._steps else None
 
-    def of(self, chunk: Chunk) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def of(self, chunk: Chunk) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """A chunk's matrices, [r, r] or [k, r, r], and numbers: plain ones on a CPU for one factor, else [k, 1, 1]."""
         r = chunk.rank
+        matrices: Mapping[str, Tensor]
+        numbers: Mapping[str, Any]
         if chunk.single:
-            slot = chunk.slots[0]
-            matrices = self._slots[slot]
-            numbers: dict[str, Any] = {name: values[slot] for name, values in self._values.items()}
+            matrices, numbers = self._slots[chunk.slots[0]]
         else:
             matrices = {name: matrix.index_select(0, chunk.index) for name, matrix in self._matrices.items()}
             numbers = {n: v.index_select(0, chunk.index)[:, None, None] for n, v in self._numbers.items()}

@@ -134,6 +134,11 @@ class StepRule(Protocol):
         ...
 
     @property
+    def reduced_state(self) -> tuple[str, ...]:
+        """Those of them that `reduce` reads."""
+        ...
+
+    @property
     def square_state(self) -> tuple[str, ...]:
         """Names of the state tensors [rank, rank], float64."""
         ...
@@ -177,7 +182,11 @@ class JointRule(StepRule, Protocol):
         ...
 
     def apply_pair(
-        self, tall: Mapping[Side, Tall], coefficients: Mapping[Side, Coefficients], state: Mapping[str, Tensor]
+        self,
+        tall: Mapping[Side, Tall],
+        matrices: Mapping[Side, Mapping[str, Tensor]],
+        numbers: Mapping[Side, Mapping[str, float]],
+        state: Mapping[str, Tensor],
     ) -> None:
-        """Moves both factors of one pair; the coefficients are without the leading N."""
+        """Moves both factors of one pair; coefficients as `solve` gave them, without the leading N."""
         ...

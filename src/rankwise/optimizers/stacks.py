@@ -22,6 +22,7 @@ __all__ = ["Chunk", "Scratch", "Stack", "build_stacks", "computing_type", "full"
 
 _CHUNK_ELEMENTS = 1 << 16  # 256 kB of float32: factor, gradient, two states and a result stay in a cache of 2 MB
 _PADDED = 8
+_NOTHING = torch.empty(0)
 
 
 def computing_type(parameter: Tensor) -> torch.dtype:
@@ -59,9 +60,7 @@ class Scratch:
             self._most[chunk.dtype] = max(self._most.get(chunk.dtype, 0), math.prod(chunk.shape))
 
     def of(self, name: str, chunk: "Chunk") -> Tensor:
-        """Uninitialized memory of a chunk's shape; the same name is the same memory for every chunk."""
-        if chunk.parameters[0].device.type != "cpu":
-            return torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.parameters[0].device)
+        """Uninitialized memory of a chunk's shape on the CPU; the same name is the same memory for every chunk."""
         key = (name, chunk.dtype)
         if key not in self._held:
             self._held[key] = torch.empty(self._most[chunk.dtype], dtype=chunk.dtype)
@@ -91,6 +90,16 @@ class Stack:
     computing: torch.dtype
     state: dict[Side, dict[str, Tensor]]
     steps: dict[Side, Tensor]
+    _sent: tuple[list[list[float]], Tensor] | None = None
+
+    def numbers_on_device(self, rows: list[list[float]]) -> tuple[Tensor, ...]:
+        """Rows of N host numbers as float64 tensors [N]; sent in one piece, without a wait, when they change."""
+        if self._sent is None or self._sent[0] != rows:
+            host = torch.tensor(rows, dtype=torch.float64)
+            if self.ranks.device.type == "cuda":
+                host = host.pin_memory()
+            self._sent = (rows, host.to(self.ranks.device, non_blocking=True))
+        return self._sent[1].unbind(0)
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +146,7 @@ class Chunk:
         if not self.single:
             self.tall = None
         elif self.tall is not None:
-            self.tall.grad = self.tall.factor
+            self.tall.grad = _NOTHING
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
         """One view a factor."""

@@ -60,9 +60,9 @@ class Tall:
         self.rank, self.length = (rows, columns) if self.wide else (columns, rows)
         self._pack = 1 if self.wide else packing(self.rank, self.length)
 
-    def to(self, dtype: torch.dtype) -> "Tall":
-        """The same in another type, for products only."""
-        state = {name: tensor.to(dtype) for name, tensor in self.state.items()}
+    def to(self, dtype: torch.dtype, names: Sequence[str]) -> "Tall":
+        """The same in another type, for products only, with the named state alone."""
+        state = {name: self.state[name].to(dtype) for name in names}
         return Tall(self.factor.to(dtype), self.grad.to(dtype), state, self.wide, self.hyper)
 
     def room(self, name: str) -> Tensor | None:

@@ -306,8 +306,13 @@ def parse_config(source: Source) -> RunConfig:
     try:
         config = RunConfig.model_validate(source.values)
     except ValidationError as error:
-        advice = {name: f"rankwise sets it: {reason}" for name, reason in OWNED.items()}
-        advice |= {name: f"write {instead}" for name, instead in RENAMED.items()}
+        from rankwise.methods.recipe import LORA_OPTIONS
+
+        advice: dict[KeyPath, str] = {
+            ("training", name): f"rankwise sets it: {reason}" for name, reason in OWNED.items()
+        }
+        advice |= {("training", name): f"write {instead}" for name, instead in RENAMED.items()}
+        advice |= {(name,): reason for name, reason in LORA_OPTIONS.items()}
         faults = describe(error.errors(), source, _known_keys(source), advice)
         raise ConfigError([*source.faults, *faults]) from None
     if source.faults:
@@ -315,7 +320,7 @@ def parse_config(source: Source) -> RunConfig:
     try:
         build_recipe(config)
     except ConfigError as error:
-        places = [source.place((fault.partition(":")[0],)) for fault in error.faults]
+        places = [source.place(fault.partition(":")[0].split(".")) for fault in error.faults]
         raise type(error)([f"{place}: {fault}" for place, fault in zip(places, error.faults, strict=True)]) from None
     return config
 

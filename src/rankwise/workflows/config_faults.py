@@ -36,7 +36,10 @@ _OWN_WORDS: Mapping[KeyPath, list[str]] = {
 
 
 def describe(
-    errors: Iterable[ErrorDetails], source: Source, known: Mapping[KeyPath, frozenset[str]], renamed: Mapping[str, str]
+    errors: Iterable[ErrorDetails],
+    source: Source,
+    known: Mapping[KeyPath, frozenset[str]],
+    advice: Mapping[KeyPath, str],
 ) -> list[str]:
     """One line for each faulty key, in the order of the file.
 
@@ -44,14 +47,14 @@ def describe(
         errors: what pydantic found.
         source: what was read, with its places.
         known: section path -> the keys that it may hold.
-        renamed: names under `training:` that are no keys -> what to write, or why not.
+        advice: paths that are no keys -> what to write, or why not; a name alone holds in every section.
     """
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         grouped.setdefault(_key_path(error, source), []).append(error)
     lines: list[tuple[str, str]] = []
     for path, found in grouped.items():
-        message = _message(path, found, known, renamed)
+        message = _message(path, found, known, advice)
         about = path or tuple(message.partition(" ")[0].split("."))  # an error of the whole file names its key first
         lines.append((source.place(about), message))
     lines.sort(key=lambda line: _position(line[0]))
@@ -79,7 +82,7 @@ def _position(place: str) -> tuple[int, int]:
 
 
 def _message(
-    path: KeyPath, errors: list[ErrorDetails], known: Mapping[KeyPath, frozenset[str]], renamed: Mapping[str, str]
+    path: KeyPath, errors: list[ErrorDetails], known: Mapping[KeyPath, frozenset[str]], advice: Mapping[KeyPath, str]
 ) -> str:
     """What is wrong with one key."""
     key = ".".join(path)
@@ -87,7 +90,7 @@ def _message(
     if first["type"] == "missing":
         return f"missing key '{key}'"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{key}'{_hint(path, known, renamed)}"
+        return f"unknown key '{key}'{_hint(path, known, advice)}"
     own = [error for error in errors if error["type"] not in _EXPECTED and not _is_range(error)]
     for error in own:
         if error["type"] == "value_error":
@@ -125,11 +128,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _hint(path: KeyPath, known: Mapping[KeyPath, frozenset[str]], renamed: Mapping[str, str]) -> str:
+def _hint(path: KeyPath, known: Mapping[KeyPath, frozenset[str]], advice: Mapping[KeyPath, str]) -> str:
     """The nearest key of the same section, the section where the key belongs, or the reason why it is none."""
     section, key = path[:-1], path[-1]
-    if section == ("training",) and key in renamed:
-        return f" ({renamed[key]})"
+    told = advice.get(path) or advice.get((key,))
+    if told:
+        return f" ({told})"
     near = nearest(key, known.get(section, ()))
     if near:
         return near

@@ -35,10 +35,12 @@ class RunCost:
 
     Args:
         trained_parameters: the adapter's and those of `modules_to_save`.
-        model_bytes: weights and buffers, the adapter and what stands beside it included.
+        model_bytes: weights and buffers, the adapter and the start that is subtracted beside it included.
         gradient_bytes: gradients of what is trained.
         optimizer_bytes: the optimizer's state: AdamW's two moments, or what the recipe's own optimizer keeps.
         activation_bytes: what the backward pass of one micro-batch keeps, measured.
+        schedule_bytes: what the schedule keeps, and holds within a step.
+        base_copy_bytes: the adapted base weights as they were found, on the CPU, where a start is subtracted from them.
         steps: optimizer steps of the run.
         micro_batches: of one step.
         micro_batch_seconds: forward and backward of one micro-batch, measured.
@@ -52,6 +54,8 @@ class RunCost:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    schedule_bytes: int
+    base_copy_bytes: int
     steps: int
     micro_batches: int
     micro_batch_seconds: float
@@ -61,8 +65,9 @@ class RunCost:
 
     @property
     def memory_bytes(self) -> int:
-        """The sum of what is held at the peak of a step."""
-        return self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        """The sum of what is held at the peak of a step, over all devices."""
+        trained = self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return trained + self.schedule_bytes + self.base_copy_bytes
 
     @property
     def seconds(self) -> float:
@@ -119,13 +124,16 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
     fused = True if arguments.device.type in ("cpu", "cuda") else None
     plain_optimizer: Optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
     plain = timed = _Steps(job, model).measured(plain_optimizer)
-    optimizer, beside = plain_optimizer, 0
+    optimizer, beside, scheduled = plain_optimizer, 0, 0
     if method is not None or recipe.schedule is not None or recipe.initialize.offset_place == "adapter":
         if method is not None:
             optimizer = own_and_scheduler(model, layers, arguments, steps, method)[0]
         with ExitStack() as stack:
             schedule, beside = _put_beside(recipe, job, model, stack)
             timed = _Steps(job, model, schedule, steps).measured(optimizer)
+            scheduled = 0 if schedule is None else schedule.memory_bytes()
+    moved = recipe.initialize.offset_place == "base"
+    copied: list[Any] = [layer.base.module for layer in layers.values()] if moved else []
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return RunCost(
         trained_parameters=sum(parameter.numel() for parameter in trained),
@@ -133,6 +141,8 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
         gradient_bytes=trained_bytes,
         optimizer_bytes=2 * trained_bytes if method is None else _state_bytes(optimizer),
         activation_bytes=timed.kept,
+        schedule_bytes=scheduled,
+        base_copy_bytes=sum(_storage_bytes([base.weight for base in copied]).values()),
         steps=steps,
         micro_batches=arguments.gradient_accumulation_steps,
         micro_batch_seconds=timed.micro_batch,

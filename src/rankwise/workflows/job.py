@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rankwise.workflows.prepare_causal import prepare_causal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from rankwise.methods.recipe import Situation
     from rankwise.training.attach import Calibration
 
 __all__ = [
@@ -81,7 +82,7 @@ def load_job(config: RunConfig, phases: Phases) -> Job:
     Raises:
         DataError: the data cannot be used.
         ModelError: the model cannot be used.
-        ConfigError: settings that the libraries refuse.
+        ConfigError: settings that the libraries refuse, or a recipe that cannot train under the engine or optimizer.
     """
     with phases.phase("data", "Reading data") as detail:
         data = load_data(config)
@@ -91,6 +92,7 @@ def load_job(config: RunConfig, phases: Phases) -> Job:
     evaluates = data.validation is not None
     causal = config.task == "causal-lm"
     arguments = (sft_arguments if causal else training_arguments)(config, evaluates=evaluates)
+    build_recipe(config).check(_situation(arguments))
     with phases.phase("model", f"Loading {config.model}") as detail:
         tokenizer = load_tokenizer(config)
         loaded = load_model(config, data.label_names)
@@ -115,6 +117,16 @@ def load_job(config: RunConfig, phases: Phases) -> Job:
         arguments=arguments,
         modules_to_save=saved,
     )
+
+
+def _situation(arguments: "TrainingArguments") -> "Situation":
+    """The engine, and the optimizer that the trainer would build."""
+    from rankwise.training.engines import situation_of_arguments
+
+    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    if optim == "sgd" and "momentum" in (arguments.optim_args or ""):
+        optim = ""  # whether it keeps one depends on the number
+    return replace(situation_of_arguments(arguments), optim=optim)
 
 
 def attach_options(job: Job) -> dict[str, Any]:

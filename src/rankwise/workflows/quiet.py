@@ -37,19 +37,25 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def log_as_notes(listener: Listener) -> Iterator[None]:
-    """Warnings that rankwise's own modules log reach the listener as notes, and nobody else."""
+def log_as_notes(listener: Listener) -> Iterator[list[str]]:
+    """Warnings that rankwise's own modules log reach the listener as notes, and nobody else; facts are collected."""
+    facts: list[str] = []
 
     class Telling(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            listener(Note(text=record.getMessage(), level="warning"))
+            if record.levelno >= logging.WARNING:
+                listener(Note(text=record.getMessage(), level="warning"))
+            else:
+                facts.append(record.getMessage())
 
-    logger, handler = logging.getLogger("rankwise"), Telling(logging.WARNING)
-    spread = logger.propagate
+    logger, handler = logging.getLogger("rankwise"), Telling(logging.INFO)
+    spread, level = logger.propagate, logger.level
     logger.addHandler(handler)
     logger.propagate = False
+    logger.setLevel(logging.INFO)
     try:
-        yield
+        yield facts
     finally:
         logger.removeHandler(handler)
         logger.propagate = spread
+        logger.setLevel(level)

@@ -6,7 +6,7 @@ Nothing is written before everything that can be refused has been: config, folde
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,7 @@ from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_
 from rankwise.workflows.trainer import evaluate, make_trainer
 
 if TYPE_CHECKING:
+    from rankwise.training.callback import TrainingEvent
     from rankwise.training.session import Session
     from rankwise.training.signals import StopRequest
 
@@ -80,13 +81,13 @@ def train(
     phases = Phases(listener)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
-        stack.enter_context(log_as_notes(listener))
+        log = stack.enter_context(log_as_notes(listener))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rankwise-")))
         stop = stack.enter_context(StopRequest())
         job = load_job(config, phases)
         session = _session(job, claimed, given, phases, scratch)
         stack.callback(session.close)
-        run = _Run(job, session, claimed, phases, listener)
+        run = _Run(job, session, claimed, phases, listener, log)
         return run.through(stop, scratch)
 
 
@@ -142,7 +143,9 @@ def _same_data(job: Job, previous: Mapping[str, Any]) -> None:
 class _Run:
     """One run from its first written byte to its report."""
 
-    def __init__(self, job: Job, session: "Session", claimed: Claim, phases: Phases, listener: Listener) -> None:
+    def __init__(
+        self, job: Job, session: "Session", claimed: Claim, phases: Phases, listener: Listener, log: Sequence[str]
+    ) -> None:
         self.job = job
         self.session = session
         self.claimed = claimed
@@ -150,7 +153,8 @@ class _Run:
         self.listener = listener
         self.folder = claimed.folder
         self.manifest: dict[str, Any] = {}
-        self._remarks: set[str] = set()
+        self._log = log
+        self._told = set(session.notes)
 
     def through(self, stop: "StopRequest", scratch: Path) -> TrainResult:
         """Training, evaluation, export and report; the manifest always says how far it came."""
@@ -165,7 +169,7 @@ class _Run:
             writes=not self._elsewhere,
             schedule=None if owner is None else owner.id,
         )
-        trainer.add_callback(self.session.callback(on_event=recorder, stop=stop))
+        trainer.add_callback(self.session.callback(on_event=(recorder, self._begun), stop=stop))
         try:
             checkpoint = self.claimed.checkpoint
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -188,21 +192,30 @@ class _Run:
 
     def _trainer(self) -> Any:
         """The trainer; transformers makes the output folder for it, which goes again if the trainer is refused."""
-        existed, known = self.folder.exists(), len(self.session.notes)
+        existed = self.folder.exists()
         try:
             trainer = make_trainer(self.job, self.session)
         except BaseException:
             if not existed and self.folder.is_dir():
                 self.folder.rmdir()
             raise
-        for text in self.session.notes[known:]:
-            if text not in self._remarks:
-                self.listener(Note(text=text))
+        self._tell_notes()
         return trainer
+
+    def _begun(self, event: "TrainingEvent") -> None:
+        if event.kind == "begin":
+            self._tell_notes()
+
+    def _tell_notes(self) -> None:
+        """Notes that the session has had since the last time."""
+        for text in self.session.notes:
+            if text not in self._told:
+                self.listener(Note(text=text))
+        self._told |= set(self.session.notes)
 
     def _remarked(self, text: str) -> None:
         """A warning of the session, told as it comes."""
-        self._remarks.add(text)
+        self._told.add(text)
         self.listener(Note(text=text, level="warning"))
 
     def _begin(self, scratch: Path) -> None:
@@ -266,6 +279,7 @@ class _Run:
             "result": None,
             "export": None,
             "calibration": None if calibrated is None else asdict(calibrated),
+            "log": [*(self.claimed.previous or {}).get("log", []), *self._log],
         }
 
     def _export(self, figures: Mapping[str, object], scratch: Path) -> None:
