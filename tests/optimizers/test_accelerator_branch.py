@@ -9,11 +9,11 @@ import copy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankwise.methods.lora_pro import LoRAProOptimizer
 from rankwise.methods.lora_rite import LoRARITEOptimizer
 from rankwise.optimizers import engine, stacks
+from tests.optimizers.fake_device import FakeAccelerator, WaitingCopies
 from tests.optimizers.support import MAKERS, Pair, copied, dense_gradients, group_of, make, new_pairs, relative, walk
 
 every_kind = pytest.mark.parametrize("kind", sorted(MAKERS))
@@ -63,33 +63,12 @@ def test_it_steps_as_the_branch_of_the_cpu_does(kind: str, fault: str | None, ac
         assert relative(twin.product(), pair.product()) <= 2e-4
 
 
-class WaitingCopies(TorchDispatchMode):
-    """Counts copies from the host to a device that wait for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = kwargs or {}
-        result = func(*args, **given)
-        if "_to_copy" in str(func) and args[0].device.type == "cpu" and result.device.type == "cuda":
-            self.found += [] if given.get("non_blocking") else [str(func)]
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("devices", [("cuda:0",), ("cuda:0", "cuda:1")])
-@pytest.mark.parametrize("kind", ["rite", "rite-escape", "pro-efficient", "pro-sgd"])
+@every_kind
 def test_it_runs_on_devices_of_its_own_and_waits_for_no_copy(kind, devices, dtype, monkeypatch) -> None:
-    """Full mode asks for numbers, which a fake tensor has none of."""
     monkeypatch.setattr("rankwise.optimizers.pairs._shared_faults", lambda listed: [])  # all lie at address 0
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: tensor
-    )  # no driver here, and none for tensors either
-    of_values = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda data, *, device="cpu", **rest: of_values(data, **rest).to(device))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeAccelerator() as accelerator:
         pairs = []
         for device in devices:
             for out_features, in_features, rank in SHAPES:
@@ -99,9 +78,12 @@ def test_it_runs_on_devices_of_its_own_and_waits_for_no_copy(kind, devices, dtyp
                 pairs.append(Pair(A, B, 2.0))
         optimizer = make(kind, pairs, lr=1e-3)
         optimizer.step()
+        accelerator.reads = []
         with WaitingCopies() as copies:
             optimizer.step()
-    assert not copies.found
+    # Full mode works pair by pair, on dense moments beside which a wait is nothing.
+    assert not accelerator.reads or kind == "pro-full"
+    assert not copies.found or kind == "pro-full"
 
 
 @every_kind
