@@ -433,16 +433,17 @@ def test_the_rounding_of_a_16_bit_base_is_measured(name):
 
 
 class Recorded(TorchFunctionMode):
-    """The precision of each product of two matrices."""
+    """The precision of each product of two matrices, by back end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, torch.dtype]] = []
+        self.seen: list[tuple[str, str, torch.dtype]] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
         if getattr(function, "__name__", "") in ("matmul", "__matmul__"):
-            self.seen.append((torch.get_float32_matmul_precision(), found.dtype))
+            backends = (torch.backends.cuda, torch.backends.mkldnn)
+            self.seen.append((*(backend.matmul.fp32_precision for backend in backends), found.dtype))
         return found
 
 
@@ -455,7 +456,7 @@ def test_a_base_is_moved_in_full_float32_whatever_the_caller_has_switched_on():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert recorded.seen == [("highest", torch.float32)] * len(layers)
+    assert recorded.seen == [("ieee", "ieee", torch.float32)] * len(layers)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
