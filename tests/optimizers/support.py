@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rankwise.methods.lora_pro import LoRAProOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankwise.methods.lora_pro import LoRAProOptimizer
 from rankwise.methods.lora_rite import LoRARITEOptimizer
 
 MAKERS: dict[str, Callable[..., Optimizer]] = {
