@@ -21,20 +21,17 @@ Sampling: from one exact gradient, 20 row samples a share; ranks are GoRA's on i
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.models import causal_batches, llama_8x768
+from benchmarks.reports import measure_parts, on_one_thread, spread, write_report
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
@@ -165,8 +162,8 @@ def measure_time(rounds: int) -> dict[str, dict[str, Any]]:
         for index, clock in enumerate(("cpu", "wall")):
             taken = [both[index] for both in seconds[name]]
             ratios = [one / both[index] for one, both in zip(taken, seconds[PASS], strict=True)]
-            entry[f"{clock}_seconds"] = _spread(taken)
-            entry[f"{clock}_ratio"] = _spread(ratios)
+            entry[f"{clock}_seconds"] = spread(taken)
+            entry[f"{clock}_ratio"] = spread(ratios)
         found[name] = entry
     return found
 
@@ -292,14 +289,6 @@ def _time_floor(report: Mapping[str, Any], arm: str) -> float:
     return round(least / seconds[PASS], 4)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "low": round(min(values), 4),
-        "high": round(max(values), 4),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -308,9 +297,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/calibration.json"))
     options = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        parser.error("set OMP_NUM_THREADS=1: the figures are for one thread")
-    torch.set_num_threads(1)
+    on_one_thread(parser)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)  # PEFT's LoRA-GA
     model = llama_8x768()
@@ -326,21 +313,9 @@ def main() -> None:
         "memory": lambda: measure_memory(copy),
         "time": lambda: measure_time(options.rounds),
     }
-    for part, measure in measured.items():
-        if part in options.only:
-            report[part] = measure()
-            report[f"{part}_measured"] = {
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "load_average": [round(load, 1) for load in os.getloadavg()],
-                "rounds": options.rounds if part == "time" else 1,
-                "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(),
-                "platform": platform.platform(),
-                "versions": {name: version(name) for name in ("torch", "transformers", "peft", "rankwise")},
-            }
+    measure_parts(report, measured, options.only, options.rounds)
     report["limits"] = verdicts(report)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(options.output, report)
     print(json.dumps({key: report[key] for key in ("counts", "limits")}, indent=1))
 
 

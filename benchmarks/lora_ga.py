@@ -16,20 +16,17 @@ import argparse
 import gc
 import json
 import math
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.calibration import _peak, targets_of
 from benchmarks.models import causal_batches, llama_8x768
+from benchmarks.reports import measure_parts, on_one_thread, spread, write_report
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
@@ -138,12 +135,12 @@ def measure_time(rounds: int) -> dict[str, dict[str, Any]]:
         entry: dict[str, Any] = {}
         for index, clock in enumerate(("cpu", "wall")):
             taken = [both[index] for both in seconds[name]]
-            entry[f"{clock}_seconds"] = _spread(taken)
+            entry[f"{clock}_seconds"] = spread(taken)
             for other, key in ((PEFT, "to_peft"), (PASS, "to_pass")):
                 ratios = [one / both[index] for one, both in zip(taken, seconds[other], strict=True)]
-                entry[f"{clock}_{key}"] = _spread(ratios)
+                entry[f"{clock}_{key}"] = spread(ratios)
         found[name] = entry
-    found["products"] = {"cpu_seconds": _spread(products_seconds(rounds))}
+    found["products"] = {"cpu_seconds": spread(products_seconds(rounds))}
     return found
 
 
@@ -325,14 +322,6 @@ def _time_floor(report: Mapping[str, Any], arm: str) -> float:
     return round(least / report["time"][PEFT]["cpu_seconds"]["median"], 4)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "low": round(min(values), 4),
-        "high": round(max(values), 4),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -340,9 +329,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lora_ga.json"))
     options = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        parser.error("set OMP_NUM_THREADS=1: the figures are for one thread")
-    torch.set_num_threads(1)
+    on_one_thread(parser)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)  # PEFT's LoRA-GA
     model = llama_8x768()
@@ -358,21 +345,9 @@ def main() -> None:
         "memory": lambda: measure_memory(copy),
         "time": lambda: measure_time(options.rounds),
     }
-    for part, measure in measured.items():
-        if part in options.only:
-            report[part] = measure()
-            report[f"{part}_measured"] = {
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "load_average": [round(load, 1) for load in os.getloadavg()],
-                "rounds": options.rounds if part == "time" else 1,
-                "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(),
-                "platform": platform.platform(),
-                "versions": {name: version(name) for name in ("torch", "transformers", "peft", "rankwise")},
-            }
+    measure_parts(report, measured, options.only, options.rounds)
     report["limits"] = verdicts(report)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(options.output, report)
     print(json.dumps({key: report[key] for key in ("counts", "limits")}, indent=1))
 
 

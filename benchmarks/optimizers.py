@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.reports import on_one_thread, write_report
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -462,9 +463,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5 rounds, own arms only, nothing written unless --output")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        parser.error("set OMP_NUM_THREADS=1: the figures are for one thread")
-    torch.set_num_threads(1)
+    on_one_thread(parser)
     wanted = options.only or [key for key in TITLES if key != BASELINE]
     if options.quick and not options.only:
         wanted = ["rite", "pro", "products-rite", "products-pro"]
@@ -496,8 +495,7 @@ def main() -> None:
             | {package: version(package) for package in ("pytorch_optimizer",) if importlib.util.find_spec(package)},
         }
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(output, report)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,15 @@ do without, at the rate that plain products, draws and sums reach in the same ro
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.models import causal_batches, llama_8x768
+from benchmarks.reports import circumstances, write_report
 
 from rankwise.adapters import perturbation
 from rankwise.linalg.normal import NormalStream
@@ -208,13 +205,9 @@ def main() -> None:
         **results,
         "passed": {name: results["ratio"][name]["median"] <= limit for name, limit in LIMITS.items()},
         "clock": "processor time, which other work on the machine disturbs less than wall time",
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "versions": {name: version(name) for name in ("rankwise", "torch", "transformers", "peft", "numpy")},
-        "date": datetime.now(UTC).date().isoformat(),
+        **circumstances("numpy"),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(options.out, report)
     print(json.dumps(report, indent=1))
 
 

@@ -10,19 +10,16 @@ ratio is the median over pairs of neighbouring steps. Run with OMP_NUM_THREADS=1
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from benchmarks.models import causal_batches, llama_8x768
+from benchmarks.reports import circumstances, write_report
 
 from rankwise.adapters.attach import attach_lora
 from rankwise.methods.gora import GoRA
@@ -140,13 +137,9 @@ def main() -> None:
         "results": results,
         "passed": all(result["processor"]["ratio"] <= LIMIT for result in results.values()),
         "clock": "the verdict uses processor time, which other work on the machine disturbs less than wall time",
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "versions": {name: version(name) for name in ("rankwise", "torch", "transformers", "peft", "accelerate")},
-        "date": datetime.now(UTC).date().isoformat(),
+        **circumstances("accelerate"),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(options.out, report)
     print(json.dumps(results, indent=1))
 
 

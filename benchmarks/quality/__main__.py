@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality.arms import ARMS, Arm
+from benchmarks.quality.bfloat16 import bfloat16_products
 from benchmarks.quality.records import Record, environment, load_all, pack, save
 from benchmarks.quality.schedule import best_rate, grid_left, seeds_left
 from benchmarks.quality.setting import STEPS, Bench, evaluate, load_bench, train
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_all(arms: Sequence[Arm], seeds: int, minutes: float) -> None:
     # PEFT 0.21 reads an attribute that transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    bfloat16_products()
     bench = load_bench()
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:
@@ -98,6 +100,7 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
         "loss_last_20": sum(losses[-20:]) / 20,
         "validation": validation,
         "test": test,
+        "bfloat16_products": bfloat16_products(),
         "seconds": {
             "start": round(clock[1] - clock[0], 2),
             "train": round(clock[2] - clock[1], 2),
