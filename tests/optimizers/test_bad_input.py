@@ -119,13 +119,23 @@ def test_types_that_cannot_be_trained_are_refused(kind: str) -> None:
 
 
 @every_maker
+def test_flattened_factors_are_named_by_their_layer(kind: str) -> None:
+    pairs = new_pairs([(10, 6, 2), (8, 6, 2)])
+    optimizer = build(kind, group_of(pairs, names=["layers.0.q_proj", "layers.0.k_proj"]))
+    walk(optimizer, pairs, dense_gradients(pairs, 1))
+    pairs[1].A.data = pairs[1].A.data.flatten()
+    with pytest.raises(ConfigError, match=r"layers\.0\.k_proj\.lora_A has the shape \(12,\) now"):
+        optimizer.step()
+
+
+@every_maker
 def test_sparse_gradients_are_refused_and_nothing_moved(kind: str) -> None:
     pair, plain = new_pair(), nn.Parameter(random(4, 3, seed=1))
     optimizer = build(kind, group_of([pair]), {"params": [plain], "kind": "plain"})
     before = factors([pair])
     pair.give(random(10, 6, seed=2))
     plain.grad = torch.eye(4, 3, dtype=torch.float64).to_sparse()
-    with pytest.raises(ConfigError, match="sparse"):
+    with pytest.raises(ConfigError, match="the gradient of parameter 0 of group 1 is sparse"):
         optimizer.step()
     assert all(torch.equal(x, y) for x, y in zip(factors([pair]), before, strict=True))
 

@@ -225,6 +225,27 @@ def test_the_state_of_another_mode_is_refused(saver: str, loader: str) -> None:
         make(loader, new_pairs()).load_state_dict(saved_state(saver, new_pairs()))
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting", "said"),
+    [
+        ("rite", {"update_skipping": 0.5}, "skip was 0.5 there and is 1.0 here"),
+        ("rite", {"apply_escape": True}, "escape was True there and is False here"),
+        ("pro-efficient", {"x_mode": "zero"}, "x_mode was 'zero' there and is 'sylvester' here"),
+        ("pro-full", {"amsgrad": True}, "amsgrad was True there and is False here"),
+    ],
+)
+def test_the_state_under_other_settings_of_the_method_is_refused(kind: str, setting: Any, said: str) -> None:
+    pairs = new_pairs()
+    optimizer = make(kind, pairs, **setting)
+    walk(optimizer, pairs, dense_gradients(pairs, 2))
+    saved = through_a_file(optimizer.state_dict())
+    with pytest.raises(RankwiseError, match=said):
+        make(kind, copied(pairs)).load_state_dict(saved)
+    same = make(kind, copied(pairs), **setting)
+    same.load_state_dict(saved)
+    assert_same_state(same, optimizer)
+
+
 def test_the_state_of_adamw_is_refused() -> None:
     pairs = new_pairs()
     adamw = torch.optim.AdamW([factor for pair in pairs for factor in (pair.A, pair.B)])

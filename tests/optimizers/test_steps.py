@@ -491,3 +491,14 @@ def test_rite_refuses_rates_that_differ_between_the_factors() -> None:
     for key in ("lr_ratio", "loraplus_lr_ratio"):
         with pytest.raises(ConfigError, match=r"LoRA\+"):
             LoRARITEOptimizer([group_of([new_pair()], **{key: 16.0})], lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["rite", "pro-efficient", "pro-full", "pro-sgd"])
+def test_a_padded_stack_at_zero_lora_B_is_not_taken_for_ill_conditioned(kind: str, monkeypatch: Any) -> None:
+    pairs = new_pairs([(10, 6, 2), (12, 8, 4), (8, 16, 3)], dtype=torch.float32, zero_B=True)
+    optimizer = make(kind, pairs)
+    looked: list[Any] = []
+    monkeypatch.setattr(type(optimizer._rule), "look_again", lambda self, pair: looked.append(pair))
+    walk(optimizer, pairs, dense_gradients(pairs, 1))
+    assert not looked
+    assert all(factor.isfinite().all() for factor in factors(pairs))

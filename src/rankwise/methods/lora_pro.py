@@ -41,7 +41,7 @@ Departures, with reasons:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -218,7 +218,9 @@ class LoRAProOptimizer(PairOptimizer):
         else:
             rule = ProEfficient(solution) if mode == "efficient" else ProSGD(solution)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model_or_groups, rule, {**defaults, "rule": f"{LoRAPro.id} {mode}"}, adapter_name)
+        settings = {**asdict(solution), "amsgrad": amsgrad, "state_dtype": str(state_dtype)}
+        told = {"rule": f"{LoRAPro.id} {mode}", "rule_settings": settings}
+        super().__init__(model_or_groups, rule, {**defaults, **told}, adapter_name)
 
     def _check_pair_group(self, group: Mapping[str, Any]) -> None:
         said = [f"{key} is {group[key]!r}" for key in ("momentum", "dampening", "nesterov") if group.get(key)]
@@ -421,6 +423,10 @@ class _ProRule:
         """See `_Solution.look_again`."""
         return self.solution.look_again(pair)
 
+    def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
+        """See `_Solution.solve`."""
+        return self.solution.solve(blocks, measured)
+
     def still(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Coefficients under which nothing moves."""
         return {"own": 0.0, "mixed": 0.0}, dict.fromkeys(_NUMBERS, 1.0) | {"moves": 0.0, "move": 0.0}
@@ -438,10 +444,6 @@ class ProSGD(_ProRule):
 
     tall_state: ClassVar[tuple[str, ...]] = ()
 
-    def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
-        """See `_Solution.solve`."""
-        return self.solution.solve(blocks, measured)
-
     def apply(self, tall: Tall, matrices: Mapping[str, Tensor], numbers: Mapping[str, Amount]) -> None:
         """Moves the factors; those that stand have a rate of 0."""
         h = self.adjusted_grad(tall, matrices)
@@ -454,10 +456,6 @@ class ProEfficient(_ProRule):
     """AdamW on the adjusted gradients, each factor with its own count of steps."""
 
     tall_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-
-    def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
-        """See `_Solution.solve`."""
-        return self.solution.solve(blocks, measured)
 
     def apply(self, tall: Tall, matrices: Mapping[str, Tensor], numbers: Mapping[str, Amount]) -> None:
         """One AdamW step: torch's fused one on a CPU, masked arithmetic where only the device knows who moves."""
@@ -500,10 +498,6 @@ class ProFull(_ProRule):
                 own[side].numbers |= {"scaling": block.scaling, "delta": deltas[side][:, 0]}
             decided.append(own)
         return decided
-
-    def apply(self, tall: Tall, matrices: Mapping[str, Tensor], numbers: Mapping[str, Amount]) -> None:
-        """Never called: pairs move as a whole."""
-        raise AssertionError("full mode moves pairs, not factors")
 
     def apply_pair(
         self,

@@ -46,7 +46,7 @@ Departures, with reasons:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -181,7 +181,8 @@ class LoRARITEOptimizer(PairOptimizer):
             raise ConfigError(faults)
         rule = RiteRule(clip_unmagnified_grad, update_skipping, update_capping, apply_escape, balance_param)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "plain_eps": _PLAIN_EPS}
-        super().__init__(model_or_groups, rule, {**defaults, "rule": LoRARITE.id}, adapter_name)
+        told = {"rule": LoRARITE.id, "rule_settings": asdict(rule)}
+        super().__init__(model_or_groups, rule, {**defaults, **told}, adapter_name)
 
     def _check_pair_group(self, group: Mapping[str, Any]) -> None:
         ratio = group.get("lr_ratio", group.get("loraplus_lr_ratio", 1.0))

@@ -1,6 +1,6 @@
 """What an optimizer over pairs refuses: settings, gradients and states that cannot work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -47,12 +47,17 @@ def check_settings(groups: Sequence[Mapping[str, Any]]) -> None:
         raise ConfigError(faults)
 
 
-def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+def check_gradients(groups: Sequence[Mapping[str, Any]], names: Callable[[], Sequence[str]]) -> None:
     """Passes if every factor is still a matrix and every gradient is dense and real.
+
+    Args:
+        groups: the optimizer's.
+        names: gives a name for each parameter, in order; asked for messages only.
 
     Raises:
         ConfigError: something replaced the factors (FSDP1, DeepSpeed), or a gradient that cannot be used.
     """
+    first = 0
     for number, group in enumerate(groups):
         paired = group["kind"] == "lora_pair"
         decay = float(group["lr"]) * float(group["weight_decay"]) * max(1.0, float(group.get("lr_ratio", 1.0)))
@@ -64,15 +69,21 @@ def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
             grad = parameter.grad
             if paired and parameter.ndim != 2:
                 raise ConfigError(
-                    f"parameter {place} of group {number} has the shape {tuple(parameter.shape)} now: something "
+                    f"{_named(names(), first + place)} has the shape {tuple(parameter.shape)} now: something "
                     "replaced the factors by flat shards (DeepSpeed ZeRO, FSDP1), on which pairs cannot be stepped; "
                     "use DDP or FSDP2"
                 )
             if grad is not None and (grad.is_sparse or grad.is_complex()):
                 raise ConfigError(
-                    f"the gradient of parameter {place} of group {number} is sparse or complex: make it dense and "
-                    "real before the step"
+                    f"the gradient of {_named(names(), first + place)} is sparse or complex: make it dense and real "
+                    "before the step"
                 )
+        first += len(group["params"])
+
+
+def _named(names: Sequence[str], place: int) -> str:
+    """A parameter's name; groups that something replaced have none."""
+    return names[place] if place < len(names) else f"parameter {place}"
 
 
 def state_faults(
@@ -103,6 +114,8 @@ def state_faults(
             faults.append(f"it is of the layer {first[0]!r} where the optimizer has {first[1]!r}")
         if old.get("rule") != new.get("rule"):
             faults.append(f"it is {old.get('rule')}'s, and this is {new.get('rule')}")
+        else:
+            faults += _other_settings(old.get("rule_settings") or {}, new.get("rule_settings") or {})
         pairs = zip(old.get("shapes", ()), new.get("shapes", ()), strict=False)
         faults += [
             f"a pair is {tuple(a[0])} and {tuple(a[1])} there and {tuple(b[0])} and {tuple(b[1])} here"
@@ -124,3 +137,12 @@ def state_faults(
             elif tuple(found[key].shape) != shape:
                 faults.append(f"{key} of {name} is {tuple(found[key].shape)}, and {shape} is wanted")
     return faults
+
+
+def _other_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """The settings of a rule that are not what they were; a state under others would go on as another method."""
+    return [
+        f"{name} was {saved.get(name)!r} there and is {own.get(name)!r} here"
+        for name in sorted({*saved, *own})
+        if saved.get(name) != own.get(name)
+    ]

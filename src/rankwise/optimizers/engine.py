@@ -19,7 +19,7 @@ from rankwise.optimizers.layout import Layout, Present, build_layout
 from rankwise.optimizers.pairs import ScalingReader, check_groups, groups_of_model, pairs_of
 from rankwise.optimizers.plain import step_plain
 from rankwise.optimizers.ready import Ready
-from rankwise.optimizers.rule import SIDES, Block, Coefficients, Half, JointRule, Measured, PairView, Side, StepRule
+from rankwise.optimizers.rule import SIDES, Block, Coefficients, FactorRule, Half, JointRule, Measured, PairView, Side
 from rankwise.optimizers.stacks import Chunk, Scratch, full
 from rankwise.optimizers.tall import Tall
 
@@ -29,7 +29,7 @@ Source = nn.Module | Iterable[dict[str, Any]]
 """A PEFT model, or parameter groups."""
 
 _Loss = TypeVar("_Loss")
-_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
+_HYPER = ("beta1", "beta2", "eps", "weight_decay")
 _Hyper = Mapping[Side, Mapping[str, float]]
 _Products = dict[Side, dict[str, Tensor]]
 
@@ -50,7 +50,9 @@ class PairOptimizer(Optimizer):
         ConfigError: settings out of range, no pair, a missing half, shared or unsuitable parameters.
     """
 
-    def __init__(self, source: Source, rule: StepRule, defaults: dict[str, Any], adapter_name: str = "default") -> None:
+    def __init__(
+        self, source: Source, rule: FactorRule | JointRule, defaults: dict[str, Any], adapter_name: str = "default"
+    ) -> None:
         self._rule = rule
         self._layout: Layout | None = None
         self._scratch = Scratch()
@@ -147,7 +149,7 @@ class PairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(self.param_groups)
+        check_gradients(self.param_groups, self._names)
         layout = self._ready()
         self._check_scalings(layout)
         with full_float32():
@@ -246,7 +248,7 @@ class PairOptimizer(Optimizer):
         if isinstance(self._rule, JointRule):
             self._apply_pairs(self._rule, layout, decided, blocks)
         else:
-            self._apply(layout, decided, blocks, present, hyper)
+            self._apply(self._rule, layout, decided, blocks, present, hyper)
         for chunk in layout.chunks:
             chunk.let_go()
         self._remember_versions(layout, blocks, present)
@@ -380,6 +382,7 @@ class PairOptimizer(Optimizer):
 
     def _apply(
         self,
+        rule: FactorRule,
         layout: Layout,
         decided: Sequence[Mapping[Side, Coefficients]],
         blocks: Sequence[Block],
@@ -387,7 +390,7 @@ class PairOptimizer(Optimizer):
         hyper: Sequence[_Hyper],
     ) -> None:
         ready = [
-            {side: Ready(one[side], stack.computing, block, side, self._rule.still()) for side in SIDES}
+            {side: Ready(one[side], stack.computing, block, side, rule.still()) for side in SIDES}
             for one, stack, block in zip(decided, layout.stacks, blocks, strict=True)
         ]
         for chunk in layout.chunks:
@@ -403,7 +406,7 @@ class PairOptimizer(Optimizer):
             if own.some_stay:  # times zero, a NaN would stay one
                 moves = own.pair_moves[chunk.index]
                 tall.grad = torch.where(moves if chunk.single else moves[:, None, None], tall.grad, 0.0)
-            self._rule.apply(tall, *own.of(chunk))
+            rule.apply(tall, *own.of(chunk))
             chunk.scatter(tall.factor, stays)
 
     def _apply_pairs(
@@ -492,4 +495,4 @@ def _hyper(group: Mapping[str, Any], side: Side) -> dict[str, float]:
     """The settings of one side of a group; LoRA+ gives lora_B a rate of its own."""
     rate = float(group["lr"]) * (float(group.get("lr_ratio") or 1.0) if side == "B" else 1.0)
     values = (rate, *group["betas"], group["eps"], group["weight_decay"])
-    return {name: float(value) for name, value in zip(_HYPER, values, strict=True)}
+    return {name: float(value) for name, value in zip(("lr", *_HYPER), values, strict=True)}

@@ -22,7 +22,7 @@ class Ready:
         dtype: the computing type.
         block: which pairs and factors move.
         side: the side.
-        still: the coefficients under which nothing moves (see StepRule.still).
+        still: the coefficients under which nothing moves (see FactorRule.still).
     """
 
     def __init__(

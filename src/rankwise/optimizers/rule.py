@@ -16,7 +16,19 @@ from torch import Tensor
 
 from rankwise.optimizers.tall import Amount, Tall
 
-__all__ = ["SIDES", "Block", "Coefficients", "Half", "JointRule", "Measured", "PairView", "Side", "StepRule", "other"]
+__all__ = [
+    "SIDES",
+    "Block",
+    "Coefficients",
+    "FactorRule",
+    "Half",
+    "JointRule",
+    "Measured",
+    "PairView",
+    "Side",
+    "StepRule",
+    "other",
+]
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
@@ -62,7 +74,7 @@ class Block:
         halves: both sides.
         rank: each pair's own rank.
         scaling: each layer's multiplier.
-        hyper: by name (`lr`, `beta1`, `beta2`, `eps`, `weight_decay`), each pair's value, float64; `lr` is lora_A's.
+        hyper: by name (`beta1`, `beta2`, `eps`, `weight_decay`), each pair's value, float64.
         padding: True where an index is padding; None where nothing is padded.
         epsilon: the rounding of the computing type.
         on_host: whether looking at small tensors costs no wait. Elsewhere tall products are float64 and no pair is
@@ -78,13 +90,12 @@ class Block:
     on_host: bool
 
     def gram(self, side: Side) -> Float[Tensor, "N r r"]:
-        """F F^T of the factors; padding has the mean of the diagonal (or 1) on its diagonal, so that it is harmless."""
+        """F F^T of the factors; padding has the mean of the diagonal on its diagonal, so that it is harmless."""
         gram = self.halves[side].products["gram"]
         if self.padding is None:
             return gram
         mean = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / self.rank
-        fill = torch.where(mean > 0, mean, torch.ones_like(mean))
-        return gram + torch.diag_embed(self.padding * fill[:, None])
+        return gram + torch.diag_embed(self.padding * mean[:, None])
 
     @property
     def pair_moves(self) -> Bool[Tensor, " N"]:
@@ -126,7 +137,7 @@ class PairView:
 
 
 class StepRule(Protocol):
-    """How pairs move; methods hold the rules."""
+    """How pairs move; methods hold the rules. What moves is one factor (FactorRule) or a whole pair (JointRule)."""
 
     @property
     def tall_state(self) -> tuple[str, ...]:
@@ -163,6 +174,10 @@ class StepRule(Protocol):
     def solve(self, blocks: Sequence[Block], measured: Sequence[Measured]) -> list[dict[Side, Coefficients]]:
         """The small algebra of all blocks; writes the small state of the factors that move."""
         ...
+
+
+class FactorRule(StepRule, Protocol):
+    """A rule that moves each factor by itself."""
 
     def still(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """The coefficients under which nothing moves: multiples of the identity by name, and numbers by name."""
