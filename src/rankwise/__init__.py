@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankwise.methods.lora_rite import LoRARITEOptimizer as LoRARITEOptimizer
     from rankwise.methods.recipe import Recipe as Recipe
     from rankwise.methods.rora import RoRA as RoRA
+    from rankwise.methods.sora import SoRA as SoRA
     from rankwise.ranks.plan import LayerPlan as LayerPlan
     from rankwise.ranks.plan import RankPlan as RankPlan
     from rankwise.ranks.shapes import ScalingRule as ScalingRule
@@ -53,6 +54,7 @@ _HOMES = {
     "RoRA": "methods.rora",
     "ScalingRule": "ranks.shapes",
     "Session": "training.session",
+    "SoRA": "methods.sora",
     "StopRequest": "training.signals",
     "TrainingInterrupted": "errors",
     "attach": "training.attach",

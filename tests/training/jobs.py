@@ -64,6 +64,7 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "lora-pro": ("lora-pro",),
     "lora-pro full": (method_from_id("lora-pro", {"mode": "full"}),),
     "lora-rite": ("lora-rite",),
+    "sora": (method_from_id("sora", {"target_density": 0.5}),),
     "ggpo": ("ggpo",),
     "mgpo": ("mgpo",),
     "gora lora-rite": ("gora", "lora-rite"),
@@ -97,7 +98,7 @@ def factors(session: Session) -> dict[str, Tensor]:
     found = {}
     for name, layer in session.layers.items():
         found[f"{name}.A"], found[f"{name}.B"] = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-    return found
+    return found | {f"{name}.gate": gate for name, gate in session.fold_state.gates.items()}
 
 
 def run(job: Job, before: Callable[[], None] | None = None) -> None:

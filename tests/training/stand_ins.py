@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from rankwise.errors import CheckpointError, ConfigError
 from rankwise.methods.base import Method, Slot
-from rankwise.methods.schedule import Scene
+from rankwise.methods.schedule import Scene, SteadyRanks
 from rankwise.ranks.shapes import LayerShape
 
 
-class Counter:
+class Counter(SteadyRanks):
     """A schedule that counts its steps and adds up the gradients that it sees, from the first layer's lora_B."""
 
     def __init__(self, scene: Scene) -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rankwise.errors import CheckpointError, ConfigError, HealthError, TrainingInterrupted
+from rankwise.methods.schedule import SteadyRanks
 from rankwise.training.callback import TrainingEvent
 from rankwise.training.marker import checkpoint_step, complete_checkpoints, last_complete_checkpoint
 from rankwise.training.session import Session
@@ -23,7 +24,7 @@ from tests.support.models import tiny_llama
 from tests.training.jobs import LOOPS, Job, Rows, factors, final, new_session, run, trainer_arguments
 
 
-class Recorder:
+class Recorder(SteadyRanks):
     """A schedule that writes down its calls."""
 
     def __init__(self) -> None:

@@ -95,7 +95,7 @@ def test_rotation_keeps_the_written_one_its_forerunners_and_the_future(tmp_path:
 def test_rotation_spares_the_best(tmp_path: Path):
     for step in (2, 4, 6):
         checkpoint(tmp_path, step)
-    removed = rotate(tmp_path, keep=1, written=tmp_path / "checkpoint-6", protected=Path("elsewhere/checkpoint-2"))
+    removed = rotate(tmp_path, keep=1, written=tmp_path / "checkpoint-6", protected={"checkpoint-2"})
     assert [path.name for path in removed] == ["checkpoint-4"]
 
 

@@ -166,6 +166,25 @@ def test_compositions_train_and_leave_one_verified_plain_adapter(
     assert all("lora_A" in name or "lora_B" in name for name in adapter(result.folder) if "layer" in name)
 
 
+def test_sora_drops_ranks_tells_each_change_and_leaves_a_plain_adapter(classification: MakeConfig) -> None:
+    settings = {"threshold": [0.0, 1.0], "threshold_scale": "constant"}
+    events: list[Event] = []
+    config = classification(method="sora", sora=settings, training={"max_steps": 6, "learning_rate": 5e-2})
+    result = train(config, events.append)
+    changes = lines(result.folder / "ranks.jsonl")
+    assert [line["kind"] for line in changes if "layer" not in line].count("stage") == 2
+    dropped = {line["layer"]: line["to"] for line in changes if "layer" in line}
+    assert dropped
+    planned = RankPlan.load(result.folder / "plan.json").ranks
+    assert all(rank < planned[name] for name, rank in dropped.items())
+    manifest = json.loads((result.folder / "rankwise.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["export"]["verification"]["logit_error"] <= 1e-5
+    assert (result.folder / "checkpoint-3").is_dir(), "a checkpoint at the end of the first stage"
+    assert [event.text for event in events if isinstance(event, Note) and "2 stages" in event.text]
+    assert all("lora_A" in name or "lora_B" in name for name in adapter(result.folder) if "layer" in name)
+
+
 def test_a_composition_that_is_cut_short_goes_on_as_if_nothing_had_happened(causal: MakeConfig, tmp_path: Path) -> None:
     options = {"method": ["lora-ga", "lora-pro"], "training": {"max_steps": 5}, "lora_dropout": 0.1}
     whole = train(causal(output_dir=str(tmp_path / "whole"), **options))

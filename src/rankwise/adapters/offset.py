@@ -11,14 +11,10 @@ base narrower than float32 the rounding of that sum is measured, because no adap
 The factors alone are then another function, so merging is refused, and `save_pretrained` writes the pairs beside them.
 """
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from os import PathLike
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,20 +23,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from rankwise.adapters.attach import AdaptedLayer, peft_model_of
-from rankwise.adapters.state import STATE_FILE, FactorPair, FoldState
-from rankwise.errors import ArtifactError, ConfigError, ExportError, ModelError
+from rankwise.adapters.state import FactorPair, FoldState
+from rankwise.adapters.unfolded import Unfolded
+from rankwise.errors import ArtifactError, ConfigError, ModelError
 from rankwise.linalg.precision import full_float32
 
 __all__ = ["LiveOffset", "OffsetSite", "live_offset"]
 
 OffsetSite = Literal["adapter", "base"]
 
-_MERGES = ("merge_adapter", "merge_and_unload", "unload")
-
 
 def live_offset(model: nn.Module, adapter_name: str = "default") -> "LiveOffset | None":
     """The offset that is in place on a PEFT model beside this adapter, None if there is none."""
-    found = getattr(model.__dict__.get("save_pretrained"), "__self__", None)
+    shadow = getattr(model.__dict__.get("save_pretrained"), "__self__", None)
+    found = getattr(shadow, "owner", None)
     return found if isinstance(found, LiveOffset) and found.adapter_name == adapter_name else None
 
 
@@ -86,7 +82,16 @@ class LiveOffset:
             self._undo += [moved.restore for moved in self._moved]
         else:
             self._undo += [_Subtraction(layers[name], pair).remove for name, pair in live.items()]
-        self._shadow_methods([layers[name] for name in self.pairs])
+        # PEFT would merge or save s B A alone, or drop the adapter and leave a moved base behind.
+        shadows = Unfolded(
+            self._model,
+            [layers[name] for name in self.pairs],
+            self.adapter_name,
+            lambda: FoldState(offsets=self.pairs),
+            "an offset (lora-ga)",
+            owner=self,
+        )
+        self._undo.append(shadows.close)
 
     @property
     def cast_errors(self) -> dict[str, float]:
@@ -125,34 +130,6 @@ class LiveOffset:
             if self._moved:  # not closed inside
                 for base in moved:
                     base.shift()
-
-    def _shadow_methods(self, layers: list[AdaptedLayer]) -> None:
-        """PEFT would merge or save s B A alone, or drop the adapter and leave a moved base behind."""
-        tuner: Any = self._model.base_model
-        shadows: list[tuple[Any, str, Callable[..., Any]]] = [(tuner, name, _refuse_merge) for name in _MERGES]
-        shadows += [(layer.module, "merge", _refuse_merge) for layer in layers]
-        shadows.append((self._model, "save_pretrained", self._save_pretrained))
-        for module, name, shadow in shadows:
-            module.__dict__[name] = shadow
-            self._undo.append(partial(_unshadow, module, name))
-
-    def _save_pretrained(self, save_directory: str | PathLike[str], *positional: Any, **named: Any) -> Any:
-        """PEFT's own, with the pairs beside the factors; they come first, so that no whole adapter lacks them."""
-        original: Any = type(self._model).save_pretrained
-        given = inspect.signature(original).bind(self._model, str(save_directory), *positional, **named)
-        if given.arguments.get("path_initial_model_for_weight_conversion") is not None:
-            raise ExportError(
-                "path_initial_model_for_weight_conversion: PEFT's conversion does not know this start (lora-ga's, "
-                f"which lies in {STATE_FILE}): save without it, and run `rankwise export` on the folder"
-            )
-        selected = given.arguments.get("selected_adapters")
-        saved = selected is None or self.adapter_name in selected
-        if self.pairs and saved and given.arguments.get("is_main_process", True):
-            folder = Path(save_directory)  # PEFT puts every other adapter into a folder of its name
-            folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-            folder.mkdir(parents=True, exist_ok=True)
-            FoldState(offsets=self.pairs).save(folder / STATE_FILE)
-        return original(*given.args, **given.kwargs)
 
 
 class _Subtraction:
@@ -285,15 +262,3 @@ def _refuse_base(layers: list[AdaptedLayer]) -> None:
 def _is_sharded(weight: Tensor) -> bool:
     """FSDP2 (DTensor), FSDP1 (flattened) or ZeRO-3 (empty, with an id of its engine)."""
     return isinstance(weight, DTensor) or weight.dim() != 2 or hasattr(weight, "ds_id")
-
-
-def _unshadow(module: nn.Module, name: str) -> None:
-    module.__dict__.pop(name, None)
-
-
-def _refuse_merge(*_: object, **__: object) -> NoReturn:
-    raise ExportError(
-        "this adapter is trained beside an offset (lora-ga): merged or unloaded as it stands it would compute "
-        "something else. Save a checkpoint and run `rankwise export` (or session.export), which folds the offset into "
-        "the factors; its layout merged writes full weights."
-    )

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.adapters.attach import adapted_layers, modules_saved
+from rankwise.adapters.gates import CONTAINER, RankGates
 from rankwise.adapters.offset import LiveOffset, live_offset
 from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.errors import ArtifactError, ExportError
@@ -112,11 +113,12 @@ def fold(
 
     Raises:
         ExportError: a factor or a saved module holds NaN or Inf, or is empty (sharded and not gathered), or the model
-            trains beside an offset that `state` does not hold.
+            trains beside an offset or gates that `state` does not hold.
         ArtifactError: the adapter is not a plain LoRA.
     """
     state = state or FoldState()
     _refuse_forgotten(live_offset(model, adapter_name), state)
+    _refuse_forgotten_gates(getattr(model, CONTAINER, None), state)
     config: Any = model.peft_config[adapter_name]
     views = adapted_layers(model, adapter_name)
     layers = {}
@@ -211,6 +213,16 @@ def base_module_names(base: nn.Module) -> frozenset[str]:
             continue
         names.add(".".join(part for part in parts if part != "original_module"))
     return frozenset(names - {""})
+
+
+def _refuse_forgotten_gates(gates: object, state: FoldState) -> None:
+    """Gates that stand on the ranks belong to the update: without them another one would be written."""
+    missing = [name for name in gates.names if name not in state.gates] if isinstance(gates, RankGates) else []
+    if missing:
+        raise ExportError(
+            f"the model trains with gates on the ranks of {len(missing)} layers ({missing[0]} first), and the state "
+            "holds none for them: export with session.export, or give state=session.fold_state"
+        )
 
 
 def _refuse_forgotten(offset: LiveOffset | None, state: FoldState) -> None:

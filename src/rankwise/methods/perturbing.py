@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rankwise.adapters.attach import AdaptedLayer
 from rankwise.adapters.perturbation import LowRank, PerturbedLayer, RowNoise, without_autocast
 from rankwise.errors import CheckpointError, ConfigError
-from rankwise.methods.schedule import ScheduleFault
+from rankwise.methods.schedule import ScheduleFault, SteadyRanks
 
 __all__ = ["PerturbationRule", "PerturbationSchedule", "like", "state_faults"]
 
@@ -75,7 +75,7 @@ class PerturbationRule(Protocol):
         """Takes every hook off the model."""
 
 
-class PerturbationSchedule:
+class PerturbationSchedule(SteadyRanks):
     """Switches a rule on before the passes of a step and off before the optimizer, and lets it learn from gradients.
 
     It is off in evaluation, saving and generation; while it is on, layers in evaluation mode compute plainly too. All

@@ -229,7 +229,7 @@ def _writes_base(recipe: Recipe) -> bool:
 
 def _unready_engine(recipe: Recipe, situation: Situation) -> str:
     """The engine that a method of the recipe cannot train under, in words; empty if it can."""
-    if situation.fsdp and (recipe.optimize or {"ab-lora", "beamlora"} & set(recipe.ids)):
+    if situation.fsdp and (recipe.optimize or {"ab-lora", "beamlora", "sora"} & set(recipe.ids)):
         return "FSDP"
     stage = situation.deepspeed
     perturbs = {"ggpo", "mgpo"} & set(recipe.ids)
@@ -437,7 +437,7 @@ def _engine_reason(recipe: Recipe) -> str:
 
 def _instead_of_engine(recipe: Recipe, situation: Situation) -> str:
     """What would train beside DDP; under DeepSpeed no recipe does, because its optimizer cannot be watched."""
-    sharded = "" if _has(recipe, "ab-lora", "beamlora") else "shard it by fully_shard in a loop of your own"
+    sharded = "" if _has(recipe, "ab-lora", "beamlora", "sora") else "shard it by fully_shard in a loop of your own"
     if situation.deepspeed is not None:
         return f", or {sharded}" if sharded else ""
     bare = "or use lora, gora or rora, which bring no optimizer and no schedule of their own"

@@ -13,16 +13,16 @@ from rankwise.methods.lora_ga import LoRAGA
 from rankwise.methods.lora_pro import LoRAPro
 from rankwise.methods.lora_rite import LoRARITE
 from rankwise.methods.rora import RoRA
+from rankwise.methods.sora import SoRA
 
 __all__ = ["METHODS", "RESERVED", "method_class", "method_from_id"]
 
 METHODS: Mapping[str, type[Method]] = {
-    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO)
+    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, SoRA)
 }
 
 RESERVED: Mapping[str, str] = {
     "ab-lora": "ALoRA (AB-LoRA), arXiv 2403.16187",
-    "sora": "SoRA, arXiv 2311.11696",
     "beamlora": "BeamLoRA, arXiv 2502.13604",
     "xgblora": "XGBLoRA, arXiv 2410.19694",
 }

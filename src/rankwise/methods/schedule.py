@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
-from rankwise.adapters.state import FactorPair
+from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.calibration.batches import Loss
+from rankwise.optimizers.gated import GateRule
 
-__all__ = ["Scene", "Schedule", "ScheduleFault"]
+__all__ = ["RankEvent", "Scene", "Schedule", "ScheduleFault", "SteadyRanks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +44,27 @@ class ScheduleFault:
     advice: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankEvent:
+    """One change of the ranks that count, as `ranks.jsonl` records it.
+
+    Args:
+        step: optimizer steps made when it happened.
+        kind: what happened, in one word ("prune", "reallocate", "reset", "fold").
+        ranks: the live ranks after it, of the layers that it changed.
+        reason: a few words.
+        figures: numbers of the whole event.
+        layers: JSON-ready details by layer: the scores that decided, what was copied.
+    """
+
+    step: int
+    kind: str
+    ranks: Mapping[str, int]
+    reason: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Schedule(Protocol):
     """One schedule of a session; steps count optimizer steps from 1, whatever the accumulation.
@@ -67,6 +89,43 @@ class Schedule(Protocol):
 
     def end(self, step: int) -> None:
         """After the last step."""
+
+    def owned_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of the parameters that the schedule brought (gates), which are in no other group.
+
+        Args:
+            lr: the run's learning rate.
+            weight_decay: the run's decay of parameters that decay.
+        """
+        ...
+
+    def gate_rule(self) -> GateRule | None:
+        """What moves its groups of the kind `gate`; None where AdamW moves all that is trained."""
+        ...
+
+    def stages(self) -> int:
+        """How many equal parts of the run have a learning-rate schedule each; 1 for most."""
+        ...
+
+    def checkpoints(self, max_steps: int) -> tuple[int, ...]:
+        """Steps after which a checkpoint, and an evaluation if there are any, are due whatever the trainer says."""
+        ...
+
+    def fold_state(self) -> FoldState:
+        """The gates and boosters as they stand, for export and checkpoints."""
+        ...
+
+    def live_ranks(self) -> dict[str, int]:
+        """By layer, how many ranks count now; empty where the ranks are the plan's throughout."""
+        ...
+
+    def events(self) -> tuple[RankEvent, ...]:
+        """What changed since this was last asked."""
+        ...
+
+    def outlook(self, max_steps: int) -> tuple[str, ...]:
+        """What it will do in a run of this length, one sentence each; asked before `begin`."""
+        ...
 
     def figures(self) -> dict[str, float]:
         """Numbers of the last step for the log, named after the method's id; may wait for the device."""
@@ -97,3 +156,39 @@ class Schedule(Protocol):
         Raises:
             CheckpointError: the state is another schedule's, or a part is missing.
         """
+
+
+class SteadyRanks:
+    """What a schedule answers that moves no rank and brings no parameter."""
+
+    def owned_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """None."""
+        return []
+
+    def gate_rule(self) -> GateRule | None:
+        """None."""
+        return None
+
+    def stages(self) -> int:
+        """The run is one."""
+        return 1
+
+    def checkpoints(self, max_steps: int) -> tuple[int, ...]:
+        """None beyond the trainer's."""
+        return ()
+
+    def fold_state(self) -> FoldState:
+        """Nothing to fold."""
+        return FoldState()
+
+    def live_ranks(self) -> dict[str, int]:
+        """The plan's."""
+        return {}
+
+    def events(self) -> tuple[RankEvent, ...]:
+        """None."""
+        return ()
+
+    def outlook(self, max_steps: int) -> tuple[str, ...]:
+        """Nothing to say beforehand."""
+        return ()

@@ -59,13 +59,16 @@ class Metric(_Record):
 
 
 class RankChange(_Record):
-    """One line of ranks.jsonl."""
+    """One line of ranks.jsonl: an event as a whole (no layer, figures), or what it did to one layer."""
 
     step: int
-    layer: str
-    from_: int = Field(alias="from")
-    to: int
+    layer: str = ""
+    from_: int = Field(alias="from", default=0)
+    to: int = 0
+    kind: str = ""
     reason: str = ""
+    figures: dict[str, float] = Field(default_factory=dict)
+    detail: JsonValue = None
 
 
 class HealthLine(_Record):
@@ -97,6 +100,7 @@ class Run:
     plan: RankPlan | None
     metrics: tuple[Metric, ...]
     changes: tuple[RankChange, ...]
+    events: tuple[RankChange, ...]
     health: Health | None
 
     @property
@@ -140,11 +144,13 @@ def read_run(folder: Path) -> Run:
                 "again into an empty folder"
             )
     health = folder / "health.json"
+    changes = _lines(RankChange, folder / "ranks.jsonl", whole=finished)
     return Run(
         manifest=manifest,
         plan=_plan(folder / "plan.json"),
         metrics=_lines(Metric, folder / "metrics.jsonl", whole=finished),
-        changes=_lines(RankChange, folder / "ranks.jsonl", whole=finished),
+        changes=tuple(change for change in changes if change.layer),
+        events=tuple(change for change in changes if not change.layer),
         health=_parse(Health, _text(health), str(health)) if health.is_file() else None,
     )
 

@@ -21,7 +21,7 @@ __all__ = ["Listener", "SessionCallback", "TrainingEvent"]
 AGREE_EVERY = 8
 """Steps between two looks of several processes at each other's stop requests (each look synchronizes them)."""
 
-EventKind = Literal["begin", "step", "log", "evaluate", "save", "end"]
+EventKind = Literal["begin", "step", "ranks", "log", "evaluate", "save", "end"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class TrainingEvent:
         epoch: epochs made so far.
         values: what Trainer logged (`loss`, `grad_norm`, `learning_rate`, `eval_loss`, ...), and with a loss the
             schedule's figures.
+        changes: of a "ranks" event, the lines of `ranks.jsonl`.
         folder: the checkpoint of a "save" event.
     """
 
@@ -44,6 +45,7 @@ class TrainingEvent:
     epoch: float = 0.0
     values: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    changes: tuple[Mapping[str, Any], ...] = ()
 
 
 Listener = Callable[[TrainingEvent], None]
@@ -120,6 +122,11 @@ class SessionCallback(TrainerCallback):
             control.should_save = control.should_evaluate = control.should_log = False
             return
         self.session.after_step(state.global_step)
+        self._send_changes(state)
+        if state.global_step in self.session.checkpoints(state.max_steps):
+            control.should_save = True
+            evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no"
+            control.should_evaluate = control.should_evaluate or evaluates
         if self._stop_agreed(state.global_step):
             control.should_save = True
             control.should_training_stop = True
@@ -157,8 +164,9 @@ class SessionCallback(TrainerCallback):
         folder = run / f"checkpoint-{state.global_step}"
         seal_checkpoint(self.session, folder)
         if self._keep is not None and process_index() == 0:
-            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-            rotate(run, keep=self._keep, written=folder, protected=best)
+            stays = {f"checkpoint-{step}" for step in self.session.checkpoints(state.max_steps)}
+            best = {Path(state.best_model_checkpoint).name} if state.best_model_checkpoint else set()
+            rotate(run, keep=self._keep, written=folder, protected=stays | best)
         self._send("save", state, folder=folder)
 
     def on_train_end(
@@ -174,6 +182,9 @@ class SessionCallback(TrainerCallback):
                 "start the same command again to go on from it"
             )
         self.session.end(state.global_step)
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self.session.take_back(state.best_model_checkpoint)
+        self._send_changes(state)
         self._save_health()
         self._send("end", state)
 
@@ -225,6 +236,11 @@ class SessionCallback(TrainerCallback):
         self.stop.requested = requested
         return requested
 
+    def _send_changes(self, state: TrainerState) -> None:
+        changes = self.session.drain_changes()
+        if changes:
+            self._send("ranks", state, changes=changes)
+
     def _send(
         self,
         kind: EventKind,
@@ -232,6 +248,7 @@ class SessionCallback(TrainerCallback):
         *,
         values: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        changes: tuple[Mapping[str, Any], ...] = (),
     ) -> None:
         if not self._listeners or process_index():
             return
@@ -242,6 +259,7 @@ class SessionCallback(TrainerCallback):
             epoch=float(state.epoch or 0.0),
             values=values or {},
             folder=folder,
+            changes=changes,
         )
         for listener in self._listeners:
             listener(event)

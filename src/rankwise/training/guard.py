@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
+from rankwise.adapters.gates import CONTAINER, RankGates
 from rankwise.adapters.state import FactorPair
 from rankwise.calibration.processes import process_index
 from rankwise.errors import ConfigError, HealthError
@@ -176,7 +177,8 @@ class Guard:
         wanted = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         missing = [n for n, p in wanted.items() if id(p) not in held]
         exported = {id(p) for layer in self._layers.values() for p in (layer.lora_A, layer.lora_B)}
-        outside = [n for n, p in wanted.items() if id(p) not in exported and ".modules_to_save." not in n]
+        own = (".modules_to_save.", f"{CONTAINER}.")  # gates are folded into the factors
+        outside = [n for n, p in wanted.items() if id(p) not in exported and not any(part in n for part in own)]
         faults = _begin_faults(rates, wanted, missing, outside, max_steps, planned_steps)
         if faults:
             raise ConfigError(faults)
@@ -274,7 +276,11 @@ class Guard:
 
     def _units(self) -> dict[str, list[nn.Parameter]]:
         """What stands or falls together when a gradient is not finite."""
-        units: dict[str, list[nn.Parameter]] = {n: [x.lora_A, x.lora_B] for n, x in self._layers.items()}
+        gates = getattr(self._model, CONTAINER, None)
+        trained = gates.trained() if isinstance(gates, RankGates) else {}
+        units: dict[str, list[nn.Parameter]] = {
+            n: [x.lora_A, x.lora_B, *trained.get(n, ())] for n, x in self._layers.items()
+        }
         saved = [p for n, p in self._model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
         return {**units, "modules_to_save": saved} if saved else units
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -139,14 +139,14 @@ def checkpoint_step(folder: Path) -> int:
     return int(match[1])
 
 
-def rotate(folder: Path, *, keep: int, written: Path, protected: Path | None = None) -> list[Path]:
+def rotate(folder: Path, *, keep: int, written: Path, protected: Collection[str] = ()) -> list[Path]:
     """Removes the oldest checkpoints beyond `keep`; call it only after `written` is sealed.
 
     Args:
         folder: the run's output folder.
         keep: how many to keep, >= 1, `written` among them.
         written: the checkpoint just completed; later ones belong to an abandoned future of the run and are left alone.
-        protected: one more that must stay (the best one so far).
+        protected: names of checkpoints that must stay (the best one so far, the ends of stages).
 
     Returns:
         What was removed. Unfinished folders of earlier steps go too: nothing will ever complete them.
@@ -156,7 +156,7 @@ def rotate(folder: Path, *, keep: int, written: Path, protected: Path | None = N
     earlier = sorted((path for path in found if checkpoint_step(path) < last), key=checkpoint_step)
     marked = [path for path in earlier if (path / MARKER).is_file()]
     kept = marked[max(0, len(marked) - (keep - 1)) :]
-    removed = [path for path in earlier if path not in kept and (protected is None or path.name != protected.name)]
+    removed = [path for path in earlier if path not in kept and path.name not in protected]
     for path in removed:
         unseal(path)
         shutil.rmtree(path)

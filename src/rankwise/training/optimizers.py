@@ -6,7 +6,7 @@ trained stands beside them as plain parameters, which it moves as AdamW would.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -22,6 +22,8 @@ from rankwise.adapters.attach import AdaptedLayer
 from rankwise.calibration.memory import free_memory
 from rankwise.errors import ConfigError
 from rankwise.methods.base import Method
+from rankwise.methods.schedule import Schedule
+from rankwise.optimizers.gated import GatedAdamW
 
 __all__ = [
     "adamw_and_scheduler",
@@ -46,12 +48,13 @@ _OWN_NAMES: Final = {"adam_beta1": ("beta1", "betas"), "adam_beta2": ("beta2", "
 """What a method may call its own."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, but: Collection[int] = ()) -> list[dict[str, Any]]:
     """The trainable parameters as AdamW groups: adapter and `modules_to_save`, each with and without decay.
 
     Args:
         model: the attached model.
         weight_decay: the decay of the groups that decay, >= 0.
+        but: ids of parameters that are in another group.
 
     Returns:
         Groups with `params`, `weight_decay` and `name`; a group without parameters is left out (DeepSpeed refuses it).
@@ -59,7 +62,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decaying = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))  # type: ignore[no-untyped-call]
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in but:
             continue
         kind = "modules_to_save" if ".modules_to_save." in name else "adapter"
         decays = name in decaying
@@ -71,7 +74,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [groups[key] for key in sorted(groups)]
 
 
-def adamw_and_scheduler(model: nn.Module, args: object, num_training_steps: int) -> tuple[Optimizer, LRScheduler]:
+def adamw_and_scheduler(
+    model: nn.Module, args: object, num_training_steps: int, schedule: Schedule | None = None
+) -> tuple[Optimizer, LRScheduler]:
     """AdamW over the adapter with the schedule that `args` asks for.
 
     Args:
@@ -80,6 +85,8 @@ def adamw_and_scheduler(model: nn.Module, args: object, num_training_steps: int)
             `weight_decay`, `adam_beta1`, `adam_beta2`, `adam_epsilon`, `lr_scheduler_type`, `lr_scheduler_kwargs`,
             `warmup_steps` (below 1: a share of the run), `optim` (an AdamW of torch).
         num_training_steps: optimizer steps of the whole run, >= 1.
+        schedule: what acts around steps; its own parameters get their groups, and its stages a learning-rate schedule
+            each.
 
     Returns:
         The optimizer (fused: its step count then lives on the device) and its scheduler.
@@ -88,16 +95,19 @@ def adamw_and_scheduler(model: nn.Module, args: object, num_training_steps: int)
         ConfigError: a learning rate that is not above 0, no steps, another optimizer than AdamW; every fault at once.
     """
     _check(args, num_training_steps)
-    groups = parameter_groups(model, float(getattr(args, "weight_decay", 0.0)))
+    rate, decay = float(args.learning_rate), float(getattr(args, "weight_decay", 0.0))  # type: ignore[attr-defined]
+    owned = [] if schedule is None else schedule.owned_groups(rate, decay)
+    groups = [*parameter_groups(model, decay, {id(p) for group in owned for p in group["params"]}), *owned]
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=float(args.learning_rate),  # type: ignore[attr-defined]
-        betas=_betas(args),
-        eps=float(getattr(args, "adam_epsilon", _ADAM["adam_epsilon"])),
-        fused=True if devices <= set(_FUSED_DEVICES) else None,
-    )
-    return optimizer, _scheduler(optimizer, args, num_training_steps)
+    options: dict[str, Any] = {
+        "lr": rate,
+        "betas": _betas(args),
+        "eps": float(getattr(args, "adam_epsilon", _ADAM["adam_epsilon"])),
+        "fused": True if devices <= set(_FUSED_DEVICES) else None,
+    }
+    rule = None if schedule is None else schedule.gate_rule()
+    optimizer = torch.optim.AdamW(groups, **options) if rule is None else GatedAdamW(groups, rule, **options)
+    return optimizer, _scheduler(optimizer, args, num_training_steps, 1 if schedule is None else schedule.stages())
 
 
 def own_and_scheduler(
@@ -242,15 +252,37 @@ def _betas(args: object) -> tuple[float, float]:
     return first, second
 
 
-def _scheduler(optimizer: Optimizer, args: object, num_training_steps: int) -> LRScheduler:
+def _scheduler(optimizer: Optimizer, args: object, num_training_steps: int, stages: int = 1) -> LRScheduler:
+    """The schedule of `args`; with several stages, one of the length of a stage for each, one after another."""
+    length = math.ceil(num_training_steps / stages)
     made: LRScheduler = get_scheduler(
         getattr(args, "lr_scheduler_type", "linear"),
         optimizer=optimizer,
-        num_warmup_steps=_warmup_steps(args, num_training_steps),
-        num_training_steps=num_training_steps,
+        num_warmup_steps=_warmup_steps(args, length),
+        num_training_steps=length,
         scheduler_specific_kwargs=getattr(args, "lr_scheduler_kwargs", None),
     )
+    if stages > 1:
+        _repeat(made, length)
     return made
+
+
+def _repeat(scheduler: LRScheduler, length: int) -> None:
+    """Starts the schedule anew every `length` steps.
+
+    Raises:
+        ConfigError: a schedule that is no function of the step alone.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ConfigError(
+            f"lr_scheduler_type: {type(scheduler).__name__} cannot start anew for every stage of the schedule; use "
+            "linear, cosine or constant"
+        )
+
+    def again(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: factor(step % length)
+
+    scheduler.lr_lambdas = [again(factor) for factor in scheduler.lr_lambdas]
 
 
 def _check(args: object, num_training_steps: int, method: Method | None = None) -> None:

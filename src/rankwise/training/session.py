@@ -146,6 +146,8 @@ class Session:
         self._planned_steps: int | None = None
         self._called: dict[str, tuple[int, int]] = {}
         self._steps_before = 0
+        self._changes: list[dict[str, Any]] = []
+        self._ranks = (schedule.live_ranks() if schedule is not None else {}) or dict(plan.ranks)
         self._base_weights = base_weights
         self._scaler: Any = None
         self._optimizer: Optimizer | None = None
@@ -162,7 +164,8 @@ class Session:
     @property
     def fold_state(self) -> FoldState:
         """What export has to fold beside lora_A and lora_B; empty for most methods."""
-        return FoldState(offsets={} if self.offset is None else self.offset.pairs)
+        state = FoldState() if self.schedule is None else self.schedule.fold_state()
+        return state if self.offset is None else replace(state, offsets=self.offset.pairs)
 
     def optimizers(self, args: object, num_training_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The run's optimizer and its learning-rate schedule, as `Trainer(optimizers=...)` takes them.
@@ -183,7 +186,7 @@ class Session:
         self.recipe.check(situation_of_arguments(args))
         method = self.recipe.optimize
         if method is None:
-            built = adamw_and_scheduler(self.model, args, num_training_steps)
+            built = adamw_and_scheduler(self.model, args, num_training_steps, self.schedule)
         else:
             state = refuse_large_state(method, self.layers)
             built = own_and_scheduler(self.model, self.layers, args, num_training_steps, method)
@@ -256,7 +259,8 @@ class Session:
         self._called, self._steps_before = {}, self.health.gradients.steps
         if self.schedule is not None:
             self.schedule.begin(inner, max_steps)
-            self.notes = (*self.notes, *(text for text in self.schedule.remarks() if text not in self.notes))
+            told = (*self.schedule.outlook(max_steps), *self.schedule.remarks())
+            self.notes = (*self.notes, *(text for text in told if text not in self.notes))
 
     def _refuse_sharded_offset(self) -> None:
         """A base weight that the start was subtracted from and that was sharded since could not be given back."""
@@ -264,6 +268,23 @@ class Session:
             return
         if any(isinstance(layer.base.module.weight, DTensor) for layer in self.layers.values()):
             self.recipe.check(Situation(fsdp=True))
+
+    def take_back(self, folder: str | os.PathLike[str]) -> None:
+        """Brings gates and boosters back to a checkpoint whose factors the trainer loaded (`load_best_model_at_end`).
+
+        Raises:
+            CheckpointError: the checkpoint has no state of this schedule.
+        """
+        if self.schedule is not None and self.schedule.fold_state():
+            from rankwise.training.state import schedule_state
+
+            self.schedule.load_state_dict(schedule_state(Path(folder)))
+            reason = f"{Path(folder).name} is the best, and its factors were loaded"
+            for name, rank in self.schedule.live_ranks().items():
+                if rank != self._ranks.get(name, 0):
+                    about = {"step": self.step, "kind": "best", "reason": reason}
+                    self._changes.append({**about, "layer": name, "from": self._ranks.get(name, 0), "to": rank})
+                    self._ranks[name] = rank
 
     def _refuse_other_optimizer(self, inner: Optimizer) -> None:
         """A recipe that names an optimizer may not run under another one: the result would carry its name only."""
@@ -304,9 +325,35 @@ class Session:
         """
         if self.schedule is not None:
             self.schedule.after_step(step)
+            self._note_events()
         self.step = step
         self._count("after_step", step)
         self.health.stepped()
+
+    def _note_events(self) -> None:
+        """What the schedule changed, for whoever asks with `drain_changes`."""
+        assert self.schedule is not None
+        for event in self.schedule.events():
+            about = {"step": event.step, "kind": event.kind, "reason": event.reason}
+            self._changes.append({**about, "figures": dict(event.figures)})
+            for name, rank in event.ranks.items():
+                line = {**about, "layer": name, "from": self._ranks.get(name, 0), "to": rank}
+                detail = event.layers.get(name)
+                self._changes.append(line if detail is None else {**line, "detail": detail})
+                self._ranks[name] = rank
+
+    def drain_changes(self) -> tuple[dict[str, Any], ...]:
+        """The schedule's events since this was last asked, as `ranks.jsonl` holds them.
+
+        An event is a line with `step`, `kind`, `reason` and `figures`, then one for each layer that it changed, with
+        `layer`, `from`, `to` and perhaps `detail`.
+        """
+        found, self._changes = tuple(self._changes), []
+        return found
+
+    def checkpoints(self, max_steps: int) -> tuple[int, ...]:
+        """Steps after which the schedule wants a checkpoint that stays, whatever the trainer's settings."""
+        return () if self.schedule is None else self.schedule.checkpoints(max_steps)
 
     def _count(self, call: str, step: int) -> None:
         """Steps around which a call was made; micro-batches may repeat it."""
@@ -334,6 +381,7 @@ class Session:
         if self.schedule is not None:
             self._check_schedule()
             self.schedule.end(step)
+            self._note_events()
         self.health.end(step)
 
     def _check_schedule(self) -> None:

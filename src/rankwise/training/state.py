@@ -41,6 +41,7 @@ __all__ = [
     "last_complete_checkpoint",
     "read_training_state",
     "resume",
+    "schedule_state",
     "seal_checkpoint",
     "set_random_states",
     "write_checkpoint",
@@ -168,6 +169,18 @@ def _schedule_state(folder: Path, recorded: Mapping[str, Any]) -> dict[str, Any]
             f"{recorded['id']}'s tensors); go on from another checkpoint"
         )
     return {**recorded["values"], **{name: tensors[name] for name in recorded["tensors"]}}
+
+
+def schedule_state(folder: Path) -> dict[str, Any]:
+    """The schedule's state in a complete checkpoint.
+
+    Raises:
+        CheckpointError: it is incomplete, or was made without a schedule.
+    """
+    recorded = read_marker(folder).get("schedule")
+    if recorded is None:
+        raise CheckpointError(f"{folder} holds no schedule's state: it was saved by another run")
+    return _schedule_state(folder, recorded)
 
 
 def _method_tensors(path: Path) -> dict[str, Tensor]:

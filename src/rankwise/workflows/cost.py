@@ -105,7 +105,12 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
     import torch
 
     from rankwise.adapters.attach import adapted_layers, attach_lora
-    from rankwise.training.optimizers import own_and_scheduler, refuse_large_state, state_in_words
+    from rankwise.training.optimizers import (
+        adamw_and_scheduler,
+        own_and_scheduler,
+        refuse_large_state,
+        state_in_words,
+    )
 
     model = attach_lora(
         job.model,
@@ -130,6 +135,11 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
             optimizer = own_and_scheduler(model, layers, arguments, steps, method)[0]
         with ExitStack() as stack:
             schedule, beside = _put_beside(recipe, job, model, stack)
+            if schedule is not None:
+                for text in schedule.outlook(steps):
+                    listener(Note(text=text))
+                if method is None and schedule.owned_groups(1.0, 0.0):
+                    optimizer = adamw_and_scheduler(model, arguments, steps, schedule)[0]
             timed = _Steps(job, model, schedule, steps).measured(optimizer)
             scheduled = 0 if schedule is None else schedule.memory_bytes()
     moved = recipe.initialize.offset_place == "base"

@@ -1,4 +1,4 @@
-"""What training tells: drawn by the listener, kept in metrics.jsonl."""
+"""What training tells: drawn by the listener, kept in metrics.jsonl and ranks.jsonl."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.workflows.events import Listener, Metrics, PhaseDone, PhaseProgress, PhaseStarted
+from rankwise.workflows.events import Listener, Metrics, Note, PhaseDone, PhaseProgress, PhaseStarted
 from rankwise.workflows.run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["Recorder"]
 
 METRICS = "metrics.jsonl"
+CHANGES = "ranks.jsonl"
 _KEPT = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
 
 
 class Recorder:
-    """Turns training events into the workflow's events and lines of metrics.jsonl.
+    """Turns training events into the workflow's events and lines of metrics.jsonl and ranks.jsonl.
 
     Args:
         folder: the run's output folder.
@@ -34,7 +35,7 @@ class Recorder:
         self, folder: Path, listener: Listener, *, step: int = 0, writes: bool = True, schedule: str | None = None
     ) -> None:
         self._own = f"{schedule}_" if schedule else None
-        self._path = folder / METRICS
+        self._path, self._changes = folder / METRICS, folder / CHANGES
         self._listener = listener
         self._detail = ""
         self._begun = time.monotonic()
@@ -60,10 +61,20 @@ class Recorder:
             )
         elif event.kind == "step":
             self._listener(PhaseProgress(phase="training", done=event.step, total=event.max_steps, detail=self._detail))
+        elif event.kind == "ranks":
+            self._ranks_changed(event)
         elif event.kind == "log":
             self._logged(event)
         elif event.kind == "end":
             self._listener(PhaseDone(phase="training", seconds=self.seconds, detail=self._detail))
+
+    def _ranks_changed(self, event: "TrainingEvent") -> None:
+        with self._changes.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(_finite(dict(change))) + "\n" for change in event.changes)
+        for change in event.changes:
+            if "layer" not in change:
+                told = ", ".join(f"{name} {value:.4g}" for name, value in change["figures"].items())
+                self._listener(Note(text=f"step {change['step']}: {change['reason']}" + (f" ({told})" if told else "")))
 
     def _logged(self, event: "TrainingEvent") -> None:
         values = {key: float(value) for key, value in event.values.items() if isinstance(value, int | float)}
@@ -104,6 +115,16 @@ class Recorder:
                 if "eval_loss" in values:
                     self.evaluated_at = int(values["step"])
         write_atomically(self._path, "".join(f"{line}\n" for line in lines))
+        text = self._changes.read_text(encoding="utf-8") if step and self._changes.is_file() else ""
+        write_atomically(self._changes, "".join(f"{line}\n" for line in text.splitlines() if _made_by(line, step)))
+
+
+def _made_by(line: str, step: int) -> bool:
+    """Whether a line is whole and of a step up to this one."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:  # the last line of a killed run
+        return False
 
 
 def _is_evaluation(key: str) -> bool:

@@ -21,7 +21,7 @@ from rankwise.workflows.job import TASK_TYPES, Job, Phases, attach_options, cali
 from rankwise.workflows.model_card import model_card
 from rankwise.workflows.quiet import log_as_notes, quiet_libraries
 from rankwise.workflows.recorder import Recorder
-from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_atomically, write_manifest
+from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_manifest
 from rankwise.workflows.trainer import evaluate, make_trainer
 
 if TYPE_CHECKING:
@@ -231,7 +231,6 @@ class _Run:
             self._keep(kept, self.folder / CALIBRATION_FILE)
         self.manifest = self._described()
         self.session.plan.save(self.folder / "plan.json")
-        write_atomically(self.folder / "ranks.jsonl", "")
         self.session.health.folder = self.folder
         self.session.health.record(_labels_check(self.job))
         self.session.health.save(self.folder / "health.json")
