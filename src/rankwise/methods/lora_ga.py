@@ -105,7 +105,7 @@ class LoRAGA(Method):
     title: ClassVar[str] = "LoRA-GA: Low-Rank Adaptation with Gradient Approximation"
     source: ClassVar[str] = "arXiv:2407.05000"
     slots: ClassVar[frozenset[Slot]] = frozenset({Slot.INITIALIZE})
-    learning_rates: ClassVar[tuple[float, float, float]] = (5e-6, 2e-5, 1e-4)
+    learning_rates: ClassVar[tuple[float, float, float]] = (5e-6, 2e-5, 2e-4)
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "official": {
             "direction": "ArB2r",

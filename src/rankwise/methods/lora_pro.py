@@ -90,7 +90,7 @@ class LoRAPro(Method):
     title: ClassVar[str] = "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?"
     source: ClassVar[str] = "arXiv:2407.18242v3"
     slots: ClassVar[frozenset[Slot]] = frozenset({Slot.OPTIMIZE})
-    learning_rates: ClassVar[tuple[float, float, float]] = (1e-5, 5e-5, 2e-4)
+    learning_rates: ClassVar[tuple[float, float, float]] = (1e-5, 1e-4, 5e-4)
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {"mode": "full"},
         "official": {"mode": "efficient", "x_mode": "sylvester", "delta": 1e-8},
