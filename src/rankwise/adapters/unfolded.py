@@ -47,7 +47,8 @@ class Unfolded:
         self._model, self._adapter_name, self._state, self._what = model, adapter_name, state, what
         tuner: Any = model.base_model
         shadows: list[tuple[nn.Module, str, Callable[..., Any]]] = [(tuner, name, self._refuse) for name in _MERGES]
-        shadows += [(layer.module, "merge", self._refuse) for layer in layers]
+        modules: list[Any] = [layer.module for layer in layers]
+        shadows += [(module, "merge", self._refuse) for module in modules]
         shadows.append((model, "save_pretrained", self._save))
         self._places = [(module, name) for module, name, _ in shadows]
         for module, name, shadow in shadows:

@@ -74,8 +74,8 @@ def scores_of(
         model=model,
         base=base,
         slots={name: tuple(chosen) for name, chosen in slots.items()},
-        drop=dict(zip(slots, drop.split(sizes), strict=True)),
-        solo=dict(zip(slots, solo.split(sizes), strict=True)),
+        drop=dict(zip(slots, torch.split(drop, sizes), strict=True)),
+        solo=dict(zip(slots, torch.split(solo, sizes), strict=True)),
         passes=passes,
         sequences=sequences,
     )

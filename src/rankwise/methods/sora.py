@@ -32,7 +32,7 @@ Departures, with reasons:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -193,7 +193,7 @@ class SoRA(Method):
         return told
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -206,7 +206,7 @@ def _number_faults(method: SoRA) -> list[str]:
         faults.append(f"sora.threshold: {method.threshold!r} is out of range; use a number >= 0, or a list of them")
     for key in ("threshold_end", "gate_lr"):
         value = getattr(method, key)
-        if value is not None and (not _number(value) or value < 0):
+        if value is not None and not (_number(value) and value >= 0):
             faults.append(f"sora.{key}: {value!r} is out of range; use a number >= 0, or leave it out")
     return faults
 

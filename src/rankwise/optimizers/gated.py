@@ -48,7 +48,7 @@ class GatedAdamW(AdamW):
             raise ConfigError("there are no gates to move: use AdamW")
         self._plain = AdamW(plain, **options)  # a step through super() would call every step hook twice
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the gates move after all other parameters.
 
         Args:
