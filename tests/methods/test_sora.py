@@ -67,10 +67,13 @@ def trained(method: SoRA | str, steps: int = 60, r: int = 4, lr: float = 3e-2, *
     return session
 
 
-def walk(session: rw.Session, optimizer: Any, scheduler: Any, steps: int, first: int = 1) -> None:
+def walk(
+    session: rw.Session, optimizer: Any, scheduler: Any, steps: int, *, first: int = 1, last: int | None = None
+) -> None:
+    """Steps `first` to `last` of a run of `steps`; its end only if it comes so far."""
     rows = batches(steps)
     session.begin(optimizer, steps)
-    for step in range(first, steps + 1):
+    for step in range(first, (last or steps) + 1):
         session.before_step(step)
         session.model(**rows[step - 1]).loss.backward()
         session.before_optimizer_step(step)
@@ -78,7 +81,8 @@ def walk(session: rw.Session, optimizer: Any, scheduler: Any, steps: int, first:
         scheduler.step()
         optimizer.zero_grad()
         session.after_step(step)
-    session.end(steps)
+    if last is None:
+        session.end(steps)
 
 
 # --- equations ----------------------------------------------------------------------------------------------------
@@ -310,16 +314,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(cut: int, tmp_path: Any) -> None:
     whole = trained(method, steps)
     session = rw.attach(net(), method, r=4, lora_alpha=8, target_modules=["up", "down"], seed=0)
     optimizer, scheduler = session.optimizers(arguments(), steps)
-    rows = batches(steps)
-    session.begin(optimizer, steps)
-    for step in range(1, cut + 1):
-        session.before_step(step)
-        session.model(**rows[step - 1]).loss.backward()
-        session.before_optimizer_step(step)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        session.after_step(step)
+    walk(session, optimizer, scheduler, steps, last=cut)
     folder = tmp_path / f"checkpoint-{cut}"
     session.save(folder, optimizer=optimizer, scheduler=scheduler)
     resumed = rw.resume(net(), folder)
