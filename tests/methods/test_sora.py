@@ -328,6 +328,24 @@ def test_a_resumed_run_goes_on_bit_for_bit(cut: int, tmp_path: Any) -> None:
     assert all(torch.equal(gate, gates[name]) for name, gate in whole.fold_state.gates.items())
 
 
+def test_the_gates_of_the_best_checkpoint_come_back_with_its_factors(tmp_path: Any) -> None:
+    steps = 60
+    session = rw.attach(net(), SoRA(target_density=0.5), r=4, lora_alpha=8, target_modules=["up", "down"], seed=0)
+    optimizer, scheduler = session.optimizers(arguments(), steps)
+    walk(session, optimizer, scheduler, steps, last=5)
+    session.save(tmp_path / "checkpoint-5", optimizer=optimizer, scheduler=scheduler)
+    saved = session.fold_state.gates
+    walk(session, optimizer, scheduler, steps, first=6)
+    assert any(not torch.equal(gate, saved[name]) for name, gate in session.fold_state.gates.items())
+    session.drain_changes()
+    session.take_back(tmp_path / "checkpoint-5")
+    assert all(torch.equal(gate, saved[name]) for name, gate in session.fold_state.gates.items())
+    changes = session.drain_changes()
+    assert changes
+    assert {line["kind"] for line in changes} == {"best"}
+    assert all(line["to"] == 4 for line in changes)
+
+
 def test_the_state_of_another_plan_is_refused() -> None:
     session = rw.attach(net(), SoRA(), r=2, lora_alpha=4, target_modules=["up", "down"], seed=0)
     other = rw.attach(net(), SoRA(), r=3, lora_alpha=6, target_modules=["up", "down"], seed=0)
