@@ -14,13 +14,13 @@ import rankwise as rw
 from rankwise.adapters.gates import CONTAINER
 from rankwise.errors import CheckpointError, ConfigError, HealthError
 from rankwise.export.fold import fold
+from rankwise.methods.schedule import stage_ends
 from rankwise.methods.sora import (
     SoRA,
     density_aim,
     gate_adam,
     official_threshold,
     soft_threshold,
-    stage_ends,
     steered,
 )
 
@@ -176,6 +176,7 @@ def test_stages_share_the_run_equally() -> None:
         ({"prox": "hard"}, "prox"),
         ({"gate_betas": (0.9, 1.0)}, "gate_betas"),
         ({"gate_lr": math.inf}, "gate_lr"),
+        ({"gate_lr": 0.0}, "gate_lr: .* set train_gates: false"),
         ({"l1": -1}, "l1"),
     ],
 )
@@ -308,6 +309,29 @@ def test_later_stages_learn_and_each_wants_a_checkpoint() -> None:
     assert session.checkpoints(30) == (10, 20, 30)
 
 
+def test_the_rate_starts_anew_where_a_stage_does_in_a_run_that_cannot_be_cut_equally() -> None:
+    session = rw.attach(
+        net(), SoRA(threshold=(0.0, 0.5, 1.0)), r=2, lora_alpha=4, target_modules=["up", "down"], seed=0
+    )
+    optimizer, scheduler = session.optimizers(arguments(lr_scheduler_type="linear"), 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert session.checkpoints(10) == (4, 7, 10)
+    assert [step for step in range(10) if rates[step] == max(rates)] == [0, 4, 7]
+
+
+def test_the_guard_counts_what_the_gates_leave() -> None:
+    with pytest.warns(UserWarning, match="every gate became zero: the adapter that is exported equals the base model"):
+        session = trained(SoRA(threshold=(0.0, 100.0), threshold_scale="constant"), steps=6)
+    assert not sum(session.schedule.live_ranks().values())
+    update = next(check for check in session.health.checks if check.id == "update")
+    assert update.status == "not exercised"
+    assert update.message == "every rank of every layer was pruned: the adapter equals the base model"
+
+
 @pytest.mark.parametrize("cut", [7, 31])
 def test_a_resumed_run_goes_on_bit_for_bit(cut: int, tmp_path: Any) -> None:
     steps, method = 60, SoRA(target_density=0.5)
@@ -370,6 +394,14 @@ def test_a_zero_gate_may_come_back_unless_it_is_frozen() -> None:
         optimizer, scheduler = session.optimizers(arguments(), 5)
         walk(session, optimizer, scheduler, 5)
         assert bool(session.schedule.gates.value("up")[0]) is expected
+
+
+def test_gates_that_no_step_reached_fail_the_run() -> None:
+    session = rw.attach(net(), SoRA(), r=2, lora_alpha=4, target_modules=["up", "down"], seed=0)
+    optimizer, _ = session.optimizers(arguments(), 6)
+    session.schedule.begin(optimizer, 6)
+    session.schedule.after_step(1)
+    assert "never moved" in session.schedule.fault().message
 
 
 def test_a_run_whose_schedule_is_never_called_fails() -> None:

@@ -118,6 +118,8 @@ def test_the_memory_of_a_schedule_and_of_a_base_kept_to_go_back_to_is_counted(cl
     own = told(classification(method=["lora-rite", "mgpo"], training=training))
     assert read.schedule_bytes >= 2 * pairs, "the two factors of the term have twice the rank"
     assert own.schedule_bytes == read.schedule_bytes + pairs, "a momentum of every factor"
+    gated = told(classification(method="sora", training=training))
+    assert gated.schedule_bytes == 4 * 4 * 12 * 2, "gates with gradient and moments: 12 layers of rank 2"
     moved = told(classification(method="lora-ga", **{"lora-ga": {"offset": "base"}}, training=training))
     # Two blocks: query, key, value and output of 32 x 32, and two of 32 x 64.
     assert moved.base_copy_bytes == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)

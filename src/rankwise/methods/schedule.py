@@ -1,5 +1,6 @@
 """What happens around steps: the protocol that every schedule, the callback and a bare loop share."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.calibration.batches import Loss
 from rankwise.optimizers.gated import GateRule
 
-__all__ = ["RankEvent", "Scene", "Schedule", "ScheduleFault", "SteadyRanks"]
+__all__ = ["RankEvent", "Scene", "Schedule", "ScheduleFault", "SteadyRanks", "stage_ends"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,7 +105,7 @@ class Schedule(Protocol):
         ...
 
     def stages(self) -> int:
-        """How many equal parts of the run have a learning-rate schedule each; 1 for most."""
+        """How many parts of the run (`stage_ends`) have a learning-rate schedule each; 1 for most."""
         ...
 
     def checkpoints(self, max_steps: int) -> tuple[int, ...]:
@@ -156,6 +157,11 @@ class Schedule(Protocol):
         Raises:
             CheckpointError: the state is another schedule's, or a part is missing.
         """
+
+
+def stage_ends(stages: int, max_steps: int) -> tuple[int, ...]:
+    """The last step of each of `stages` parts of the run, as equal as whole steps allow."""
+    return tuple(math.ceil(max_steps * (index + 1) / stages) for index in range(stages))
 
 
 class SteadyRanks:

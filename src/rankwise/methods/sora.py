@@ -45,7 +45,7 @@ from rankwise.calibration.processes import assert_equal_everywhere
 from rankwise.errors import CheckpointError, ConfigError
 from rankwise.linalg.random import generator
 from rankwise.methods.base import Budget, Method, Slot, setting_faults
-from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault
+from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault, stage_ends
 from rankwise.optimizers.gated import GATE
 
 __all__ = [
@@ -204,10 +204,14 @@ def _number_faults(method: SoRA) -> list[str]:
     values = method.threshold if isinstance(method.threshold, tuple) else (method.threshold,)
     if method.threshold is not None and (not values or not all(_number(v) and v >= 0 for v in values)):
         faults.append(f"sora.threshold: {method.threshold!r} is out of range; use a number >= 0, or a list of them")
-    for key in ("threshold_end", "gate_lr"):
-        value = getattr(method, key)
-        if value is not None and not (_number(value) and value >= 0):
-            faults.append(f"sora.{key}: {value!r} is out of range; use a number >= 0, or leave it out")
+    end, rate = method.threshold_end, method.gate_lr
+    if end is not None and not (_number(end) and end >= 0):
+        faults.append(f"sora.threshold_end: {end!r} is out of range; use a number >= 0, or leave it out")
+    if rate is not None and not (_number(rate) and rate > 0):
+        faults.append(
+            f"sora.gate_lr: {rate!r} is out of range; use a number above 0, leave it out for the run's rate, or set "
+            "train_gates: false"
+        )
     return faults
 
 
@@ -376,10 +380,11 @@ class SoRASchedule:
         self._lambda = 0.0
         self._step = 0
         self._max_steps = 1
-        self._moved = self._threshold_applied = False
+        self._threshold_applied = False
         self._told = dict(self._ranks)
         self._events: list[RankEvent] = []
         self._group: dict[str, Any] | None = None
+        self._optimizer: Optimizer | None = None
 
     def gate_rule(self) -> _GateRule | None:
         """How the gates move; None where they do not."""
@@ -453,7 +458,7 @@ class SoRASchedule:
                 f"sora: {self.stages()} stages need at least as many steps, and the run has {max_steps}: train longer, "
                 "or use fewer stages"
             )
-        self._group = groups[0]
+        self._group, self._optimizer = groups[0], optimizer
 
     def before_step(self, step: int) -> None:
         """Nothing."""
@@ -472,7 +477,6 @@ class SoRASchedule:
             for gate in self.gates.parameters():
                 if gate.grad is not None:
                     gate.grad.add_(l1_gradient(gate, self._method.l1, self._entries))
-        self._moved = True
         self._threshold_applied = self._threshold_applied or self._lambda > 0
 
     def after_step(self, step: int) -> None:
@@ -538,10 +542,11 @@ class SoRASchedule:
 
     def fault(self) -> ScheduleFault | None:
         """Gates that never moved, or a threshold that never came."""
-        if self._group is None:
+        if self._group is None or self._optimizer is None:
             return None
-        if not self._moved or (self._step * 2 >= self._max_steps and self._wanted() and not self._threshold_applied):
-            what = "the gates never moved" if not self._moved else "no threshold was ever applied"
+        moved = any(self._optimizer.state.get(gate) for gate in self.gates.parameters())
+        if not moved or (self._step * 2 >= self._max_steps and self._wanted() and not self._threshold_applied):
+            what = "no threshold was ever applied" if moved else "the gates never moved"
             return ScheduleFault(
                 f"{what} in {self._step} steps, so that the run is plain LoRA with fixed gates",
                 "train with the session's optimizer and callback, to the end of the run",
@@ -567,7 +572,6 @@ class SoRASchedule:
             "method": self._method.id,
             "step": self._step,
             "lambda": self._lambda,
-            "moved": self._moved,
             "threshold_applied": self._threshold_applied,
             "told": dict(self._told),
             **gates,
@@ -584,7 +588,7 @@ class SoRASchedule:
             found = state.get(f"gate.{name}")
             if not isinstance(found, Tensor) or found.shape != self.gates.value(name).shape:
                 faults.append(f"the gate of {name} is missing or of another rank")
-        faults += [f"{key} is missing" for key in ("step", "lambda", "moved", "told") if key not in state]
+        faults += [f"{key} is missing" for key in ("step", "lambda", "told") if key not in state]
         if faults:
             raise CheckpointError(
                 f"the state of sora is not this plan's: {'; '.join(faults[:8])}: take the state of the run's own "
@@ -592,7 +596,7 @@ class SoRASchedule:
             )
         for name in self.gates.names:
             self.gates.write(name, state[f"gate.{name}"])
-        self._step, self._lambda, self._moved = int(state["step"]), float(state["lambda"]), bool(state["moved"])
+        self._step, self._lambda = int(state["step"]), float(state["lambda"])
         self._threshold_applied = bool(state.get("threshold_applied", False))
         self._told = {str(name): int(rank) for name, rank in state["told"].items()}
 
@@ -616,8 +620,3 @@ class SoRASchedule:
                 figures={"density": density, "lambda": self._lambda, "live_ranks": float(sum(ranks.values()))},
             )
         )
-
-
-def stage_ends(stages: int, max_steps: int) -> tuple[int, ...]:
-    """The last step of each of `stages` equal parts of the run."""
-    return tuple(math.ceil(max_steps * (index + 1) / stages) for index in range(stages))

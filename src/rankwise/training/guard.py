@@ -284,6 +284,11 @@ class Guard:
         saved = [p for n, p in self._model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
         return {**units, "modules_to_save": saved} if saved else units
 
+    def _gates(self) -> dict[str, Tensor]:
+        """The gates on the ranks as they stand, by layer; none without a schedule that has some."""
+        gates = getattr(self._model, CONTAINER, None)
+        return gates.effective() if isinstance(gates, RankGates) else {}
+
     def _check_loss(self, step: int, loss: float) -> None:
         first = loss if self._losses is None else self._losses[0]
         self._losses = (first, loss)
@@ -367,11 +372,13 @@ class Guard:
 
     def _check_updates(self) -> None:
         exercised = self.gradients.exercised()
-        due = [name for name in self._layers if exercised[name]]
-        idle = [name for name in self._layers if not exercised[name]]
-        norms = {name: _update_norm(self._layers[name], self._offsets.get(name)) for name in due}
+        gates = self._gates()
+        pruned = [name for name, gate in gates.items() if not bool(gate.any())]
+        due = [name for name in self._layers if exercised[name] and name not in pruned]
+        idle = [name for name in self._layers if not exercised[name] and name not in pruned]
+        norms = {n: _update_norm(self._layers[n], self._offsets.get(n), gates.get(n)) for n in due}
         empty = [name for name, norm in norms.items() if not norm > 0 or not math.isfinite(norm)]
-        nothing = self.gradients.steps > 0 and not due
+        nothing = self.gradients.steps > 0 and not due and not pruned
         failed = bool(empty) or nothing
         message = f"{len(due) - len(empty)} of {len(due)} layers that had a gradient hold a finite, non-zero update"
         if empty:
@@ -380,6 +387,10 @@ class Guard:
             message = f"no layer had a gradient in {self.gradients.steps} steps at a learning rate above 0"
         if idle and not nothing:
             message += f"; not exercised, because no gradient reached them: {len(idle)} layers ({_some(idle)})"
+        if pruned:
+            message += f"; all ranks of {len(pruned)} layers were pruned ({_some(pruned)})"
+        if len(pruned) == len(self._layers):
+            message = "every rank of every layer was pruned: the adapter equals the base model"
         self.settle(
             HealthCheck(
                 id="update",
@@ -444,11 +455,13 @@ def _copy(parameter: Tensor) -> Tensor:
     return local(parameter.detach()).to("cpu", copy=True)
 
 
-def _update_norm(layer: AdaptedLayer, offset: FactorPair | None) -> float:
-    """||s B A||, or ||s (B A - B0 A0)|| with an offset, where what rounding leaves of a start that stayed is 0."""
+def _update_norm(layer: AdaptedLayer, offset: FactorPair | None, gate: Tensor | None) -> float:
+    """||s B g A||, or ||s (B g A - B0 A0)|| with an offset, where what rounding leaves of a start that stayed is 0."""
     lora_A, lora_B = (
         (p.full_tensor() if isinstance(p, DTensor) else p).detach().float() for p in (layer.lora_A, layer.lora_B)
     )
+    if gate is not None:
+        lora_A = gate.to(lora_A.device)[:, None] * lora_A
     if offset is None:
         return abs(layer.scaling) * product_norm(lora_A, lora_B)
     start = (offset.lora_A.to(lora_A), offset.lora_B.to(lora_B))

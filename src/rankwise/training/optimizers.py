@@ -6,7 +6,7 @@ trained stands beside them as plain parameters, which it moves as AdamW would.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from rankwise.adapters.attach import AdaptedLayer
 from rankwise.calibration.memory import free_memory
 from rankwise.errors import ConfigError
 from rankwise.methods.base import Method
-from rankwise.methods.schedule import Schedule
+from rankwise.methods.schedule import Schedule, stage_ends
 from rankwise.optimizers.gated import GatedAdamW
 
 __all__ = [
@@ -263,12 +263,12 @@ def _scheduler(optimizer: Optimizer, args: object, num_training_steps: int, stag
         scheduler_specific_kwargs=getattr(args, "lr_scheduler_kwargs", None),
     )
     if stages > 1:
-        _repeat(made, length)
+        _repeat(made, stage_ends(stages, num_training_steps)[:-1])
     return made
 
 
-def _repeat(scheduler: LRScheduler, length: int) -> None:
-    """Starts the schedule anew every `length` steps.
+def _repeat(scheduler: LRScheduler, starts: Sequence[int]) -> None:
+    """Starts the schedule anew after each of these numbers of steps.
 
     Raises:
         ConfigError: a schedule that is no function of the step alone.
@@ -280,7 +280,7 @@ def _repeat(scheduler: LRScheduler, length: int) -> None:
         )
 
     def again(factor: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: factor(step % length)
+        return lambda step: factor(step - max((start for start in starts if start <= step), default=0))
 
     scheduler.lr_lambdas = [again(factor) for factor in scheduler.lr_lambdas]
 

@@ -382,6 +382,8 @@ class Session:
             self._check_schedule()
             self.schedule.end(step)
             self._note_events()
+            if self._ranks and not any(self._ranks.values()):
+                self.remark("every gate became zero: the adapter that is exported equals the base model")
         self.health.end(step)
 
     def _check_schedule(self) -> None:
