@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.adapters.gates import CONTAINER
-from rankwise.errors import CheckpointError, ConfigError, HealthError
+from rankwise.adapters.state import STATE_FILE, FoldState
+from rankwise.errors import CheckpointError, ConfigError, ExportError, HealthError
 from rankwise.export.fold import fold
 from rankwise.methods.schedule import stage_ends
 from rankwise.methods.sora import (
@@ -285,6 +286,20 @@ def test_gates_are_in_no_other_group_and_no_saved_adapter(tmp_path: Any) -> None
     assert set(load_file(tmp_path / "checkpoint-0" / "rankwise_state.safetensors")) >= {"gate.up", "gate.down"}
     session.close()
     assert not hasattr(session.model, CONTAINER)
+
+
+def test_while_gates_stand_nothing_is_merged_saved_or_folded_without_them(tmp_path: Any) -> None:
+    session = trained(SoRA(target_density=0.5), steps=20)
+    for call in (session.model.merge_adapter, session.model.merge_and_unload, session.layers["up"].module.merge):
+        with pytest.raises(ExportError, match="trained beside gates on its ranks"):
+            call()
+    with pytest.raises(ExportError, match="the state holds none for them"):
+        fold(session.model)
+    session.model.save_pretrained(tmp_path / "plain")
+    kept = FoldState.load(tmp_path / "plain" / STATE_FILE)
+    assert all(torch.equal(gate, kept.gates[name]) for name, gate in session.fold_state.gates.items())
+    session.close()
+    session.model.merge_adapter()
 
 
 def test_another_optimizer_is_refused_with_what_to_pass() -> None:

@@ -19,12 +19,18 @@ from rankwise.adapters.state import FoldState
 from rankwise.adapters.unfolded import Unfolded
 from rankwise.errors import ModelError
 
-__all__ = ["CONTAINER", "RankGates"]
+__all__ = ["CONTAINER", "RankGates", "live_gates"]
 
 CONTAINER = "rankwise_state"
 """The name of the container on the model; without `lora_`, or PEFT would save it with the adapter."""
 
 Activation = Callable[[Tensor], Tensor]
+
+
+def live_gates(model: nn.Module) -> "RankGates | None":
+    """The gates that stand on a model's ranks, None if there are none."""
+    found = getattr(model, CONTAINER, None)
+    return found if isinstance(found, RankGates) else None
 
 
 class RankGates(nn.Module):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.adapters.attach import adapted_layers, modules_saved
-from rankwise.adapters.gates import CONTAINER, RankGates
+from rankwise.adapters.gates import RankGates, live_gates
 from rankwise.adapters.offset import LiveOffset, live_offset
 from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.errors import ArtifactError, ExportError
@@ -118,7 +118,7 @@ def fold(
     """
     state = state or FoldState()
     _refuse_forgotten(live_offset(model, adapter_name), state)
-    _refuse_forgotten_gates(getattr(model, CONTAINER, None), state)
+    _refuse_forgotten_gates(live_gates(model), state)
     config: Any = model.peft_config[adapter_name]
     views = adapted_layers(model, adapter_name)
     layers = {}
@@ -215,9 +215,9 @@ def base_module_names(base: nn.Module) -> frozenset[str]:
     return frozenset(names - {""})
 
 
-def _refuse_forgotten_gates(gates: object, state: FoldState) -> None:
+def _refuse_forgotten_gates(gates: RankGates | None, state: FoldState) -> None:
     """Gates that stand on the ranks belong to the update: without them another one would be written."""
-    missing = [name for name in gates.names if name not in state.gates] if isinstance(gates, RankGates) else []
+    missing = [] if gates is None else [name for name in gates.names if name not in state.gates]
     if missing:
         raise ExportError(
             f"the model trains with gates on the ranks of {len(missing)} layers ({missing[0]} first), and the state "

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
-from rankwise.adapters.gates import CONTAINER, RankGates
+from rankwise.adapters.gates import CONTAINER, live_gates
 from rankwise.adapters.state import FactorPair
 from rankwise.calibration.processes import process_index
 from rankwise.errors import ConfigError, HealthError
@@ -276,18 +276,13 @@ class Guard:
 
     def _units(self) -> dict[str, list[nn.Parameter]]:
         """What stands or falls together when a gradient is not finite."""
-        gates = getattr(self._model, CONTAINER, None)
-        trained = gates.trained() if isinstance(gates, RankGates) else {}
+        gates = live_gates(self._model)
+        trained = {} if gates is None else gates.trained()
         units: dict[str, list[nn.Parameter]] = {
             n: [x.lora_A, x.lora_B, *trained.get(n, ())] for n, x in self._layers.items()
         }
         saved = [p for n, p in self._model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
         return {**units, "modules_to_save": saved} if saved else units
-
-    def _gates(self) -> dict[str, Tensor]:
-        """The gates on the ranks as they stand, by layer; none without a schedule that has some."""
-        gates = getattr(self._model, CONTAINER, None)
-        return gates.effective() if isinstance(gates, RankGates) else {}
 
     def _check_loss(self, step: int, loss: float) -> None:
         first = loss if self._losses is None else self._losses[0]
@@ -372,7 +367,8 @@ class Guard:
 
     def _check_updates(self) -> None:
         exercised = self.gradients.exercised()
-        gates = self._gates()
+        found = live_gates(self._model)
+        gates = {} if found is None else found.effective()
         pruned = [name for name, gate in gates.items() if not bool(gate.any())]
         due = [name for name in self._layers if exercised[name] and name not in pruned]
         idle = [name for name in self._layers if not exercised[name] and name not in pruned]
