@@ -53,7 +53,7 @@ from rankwise.errors import CheckpointError, ConfigError, HealthError
 from rankwise.linalg.random import generator
 from rankwise.methods.base import Budget, Method, Slot, setting_faults
 from rankwise.methods.perturbing import state_faults
-from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault
+from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault, SteadyRanks
 
 __all__ = [
     "BeamLoRA",
@@ -380,7 +380,7 @@ def _course(method: BeamLoRA, max_steps: int, period: int | None = None, end_ste
     return course
 
 
-class BeamLoRASchedule:
+class BeamLoRASchedule(SteadyRanks):
     """Owns the scores, keeps the past on the CPU, and resets.
 
     Args:
@@ -418,17 +418,6 @@ class BeamLoRASchedule:
             return []
         params = list(self.gates.parameters())
         return [{"params": params, "name": "scores", "lr": lr, "weight_decay": weight_decay}]
-
-    def gate_rule(self) -> None:
-        """AdamW moves the scores."""
-
-    def stages(self) -> int:
-        """The run is one."""
-        return 1
-
-    def checkpoints(self, max_steps: int) -> tuple[int, ...]:
-        """None beyond the trainer's."""
-        return ()
 
     def outlook(self, max_steps: int) -> tuple[str, ...]:
         """When resets come, and until when they prune.

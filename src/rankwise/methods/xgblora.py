@@ -57,7 +57,7 @@ from rankwise.linalg.gram import gram_norm
 from rankwise.linalg.random import generator
 from rankwise.methods.base import Allocation, Budget, Factors, Method, Slot, Start, setting_faults
 from rankwise.methods.draws import draw_factor
-from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault
+from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault, SteadyRanks
 from rankwise.ranks.shapes import LayerShape
 
 __all__ = [
@@ -301,7 +301,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 # --- the schedule slot --------------------------------------------------------------------------------------------
 
 
-class BoostingSchedule:
+class BoostingSchedule(SteadyRanks):
     """Rounds: draws their layers, gates the others, and folds each booster into the sum at the round's last step.
 
     Between `begin` and the last round's end one round is open. The state counts optimizer steps; a step that a loss
@@ -407,21 +407,6 @@ class BoostingSchedule:
             f"{max(sizes)} at most",
             *self._warnings(rounds, kappa, draws),
         )
-
-    def checkpoints(self, max_steps: int) -> tuple[int, ...]:
-        """None beyond the trainer's."""
-        return ()
-
-    def owned_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """None: gates are 0 or 1."""
-        return []
-
-    def gate_rule(self) -> None:
-        """None."""
-
-    def stages(self) -> int:
-        """One learning-rate schedule covers the run; rounds do not warm up again."""
-        return 1
 
     def figures(self) -> dict[str, float]:
         """The round, the layers that it trains, and the mean rank that a layer has accumulated."""
