@@ -451,7 +451,7 @@ def _copy(parameter: Tensor) -> Tensor:
     return local(parameter.detach()).to("cpu", copy=True)
 
 
-def _update_norm(layer: AdaptedLayer, offset: FactorPair | None, gate: Tensor | None) -> float:
+def _update_norm(layer: AdaptedLayer, offset: FactorPair | None, gate: Tensor | None = None) -> float:
     """||s B g A||, or ||s (B g A - B0 A0)|| with an offset, where what rounding leaves of a start that stayed is 0."""
     lora_A, lora_B = (
         (p.full_tensor() if isinstance(p, DTensor) else p).detach().float() for p in (layer.lora_A, layer.lora_B)
