@@ -11,7 +11,7 @@ from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.bfloat16 import bfloat16_products
 from benchmarks.quality.records import Record, environment, load_all, pack, save
 from benchmarks.quality.schedule import best_rate, grid_left, seeds_left
-from benchmarks.quality.setting import STEPS, Bench, evaluate, load_bench, train
+from benchmarks.quality.setting import Bench, evaluate, load_bench, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
     clock = [time.perf_counter()]
     started = arm.start(arm, bench, seed)
     clock.append(time.perf_counter())
-    losses = train(started.model, bench, rate, seed, started.session)
+    losses = train(started.model, bench, rate, seed, started.session, arm.steps)
     clock.append(time.perf_counter())
     validation = pack(evaluate(started.model, bench.validation, None, bench), rows=False)
     found = Record({"validation": validation}).choice
@@ -83,6 +83,7 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
     test = pack(evaluate(started.model, bench.test, bench.test_order, bench), rows=True) if promising else None
     clock.append(time.perf_counter())
     plan = started.plan
+    changes = [] if started.session is None else list(started.session.drain_changes())
     return {
         "format": "rankwise-quality-run",
         "version": 1,
@@ -94,8 +95,9 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
         "parameters": plan.parameters,
         "scaling_rule": plan.scaling_rule.value,
         "lora_alpha": plan.lora_alpha,
-        "steps": STEPS,
+        "steps": arm.steps,
         "ranks": plan.ranks,
+        **({"changes": changes} if changes else {}),
         "loss_first_10": sum(losses[:10]) / 10,
         "loss_last_20": sum(losses[-20:]) / 20,
         "validation": validation,

@@ -7,10 +7,11 @@ differ in place and start alone. `gora-own-scale` has GoRA's own rule, alpha/sqr
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
-from benchmarks.quality.setting import Batch, Bench, batch_loss
+from benchmarks.quality.setting import STEPS, Batch, Bench, batch_loss
 from torch import Tensor, nn
 
 import rankwise as rw
@@ -47,7 +48,8 @@ class Arm:
         r: the budget: the parameters of this uniform rank.
         rates: learning rates tried first, the likeliest in the middle; the best must come out interior.
         start: makes the model.
-        baseline: the arm at the same budget that it is compared with, or None.
+        baseline: the arm at the same budget and length that it is compared with, or None.
+        steps: optimizer steps of a run.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Arm:
     rates: tuple[float, ...]
     start: Callable[["Arm", Bench, int], Started]
     baseline: str | None
+    steps: int = STEPS
 
 
 def _shapes(model: nn.Module) -> list[LayerShape]:
@@ -89,15 +92,16 @@ def _only(chosen: Callable[[str], bool]) -> Callable[[Arm, Bench, int], Started]
 
 
 def _gora(arm: Arm, *, own_scale: bool = False) -> "rw.GoRA":
-    # At the budget of r = 1 a least rank of 1 would leave nothing to allocate.
-    least = 0 if arm.r == 1 else None
+    # At the budget of r = 1 a least rank of 1 would leave nothing to allocate, at r = 2 little.
+    least = 0 if arm.r <= 2 else None
     if own_scale:
         return rw.GoRA(r_min=least)
     return rw.GoRA(r_min=least, scaling="average", rank_stabilized=False)
 
 
-def _calibration(bench: Bench, seed: int, r: int, kind: str = "gora") -> Calibration:
-    batches = list(bench.batches(seed))[:CALIBRATION_BATCHES]
+def _calibration(arm: Arm, bench: Bench, seed: int, kind: str = "gora") -> Calibration:
+    batches = list(islice(bench.batches(seed, arm.steps), CALIBRATION_BATCHES))
+    length = "" if arm.steps == STEPS else f"-{arm.steps}-steps"
     folder = Path(tempfile.gettempdir()) / "rankwise-quality"
     folder.mkdir(exist_ok=True)
     return Calibration(
@@ -105,8 +109,8 @@ def _calibration(bench: Bench, seed: int, r: int, kind: str = "gora") -> Calibra
         max_batches=CALIBRATION_BATCHES,
         memory="exact",
         autocast_dtype=torch.bfloat16,
-        cache=folder / f"statistics-{kind}-r{r}-seed{seed}.safetensors",
-        data_identity=f"{bench.identity['data_sha256']} seed {seed}",
+        cache=folder / f"statistics-{kind}-r{arm.r}-seed{seed}{length}.safetensors",
+        data_identity=f"{bench.identity['data_sha256']} seed {seed}{length}",
     )
 
 
@@ -123,7 +127,7 @@ def _gora_ranks(arm: Arm, bench: Bench, seed: int) -> RankPlan:
         _gora(arm),
         r=arm.r,
         lora_alpha=2 * arm.r,
-        calibration=_calibration(bench, seed, arm.r),
+        calibration=_calibration(arm, bench, seed),
         seed=seed,
         loss=_loss(bench),
     )
@@ -154,7 +158,7 @@ def _gora_start(arm: Arm, bench: Bench, seed: int) -> Started:
         model,
         _gora(arm),
         plan=_plan(arm, shapes, [arm.r] * len(shapes), seed),
-        calibration=_calibration(bench, seed, arm.r),
+        calibration=_calibration(arm, bench, seed),
         loss=_loss(bench),
     )
     return Started(session.model, session.plan)
@@ -167,7 +171,7 @@ def _gora_whole(own_scale: bool) -> Callable[[Arm, Bench, int], Started]:
             _gora(arm, own_scale=own_scale),
             r=arm.r,
             lora_alpha=2 * arm.r,
-            calibration=_calibration(bench, seed, arm.r),
+            calibration=_calibration(arm, bench, seed),
             seed=seed,
             loss=_loss(bench),
         )
@@ -187,7 +191,7 @@ def _methods(*chosen: "Callable[[Arm], Method]") -> Callable[[Arm, Bench, int], 
             methods,
             r=arm.r,
             lora_alpha=2 * arm.r,
-            calibration=_calibration(bench, seed, arm.r, arm.name) if needs else None,
+            calibration=_calibration(arm, bench, seed, arm.name) if needs else None,
             seed=seed,
             loss=_loss(bench),
         )
@@ -203,6 +207,7 @@ def _default(name: str) -> "Callable[[Arm], Method]":
 
 _ONE, _FOUR, _SIXTEEN = (4.5e-3, 6e-3, 9e-3), (3e-3, 4.5e-3, 6e-3), (1.5e-3, 3e-3, 4.5e-3)
 _LOW, _RITE = (7.5e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 4.5e-3)
+_LONG, _R2, _R4 = (3e-3, 4.5e-3, 6e-3), "uniform-r2-long", "uniform-r4-long"
 _GORA_RITE = _methods(_gora, _default("LoRARITE"))
 _GA_PRO = _methods(_default("LoRAGA"), _default("LoRAPro"))
 
@@ -239,4 +244,10 @@ ARMS: tuple[Arm, ...] = (
     Arm("lora-rite-r4", "LoRA-RITE, r = 4", 4, _RITE, _methods(_default("LoRARITE")), "uniform-r4"),
     Arm("ggpo-r4", "GGPO, r = 4", 4, _FOUR, _methods(_default("GGPO")), "uniform-r4"),
     Arm("mgpo-r4", "MGPO, r = 4", 4, _FOUR, _methods(_default("MGPO")), "uniform-r4"),
+    Arm("uniform-r2-long", "uniform, r = 2, 600 steps", 2, _LONG, _uniform, None, 600),
+    Arm("uniform-r4-long", "uniform, r = 4, 600 steps", 4, _LONG, _uniform, "uniform-r2-long", 600),
+    Arm("gora-allocation-r2-long", "GoRA's ranks, mean r = 2, 600 steps", 2, _LONG, _gora_allocation, _R2, 600),
+    Arm("gora-allocation-r4-long", "GoRA's ranks, mean r = 4, 600 steps", 4, _LONG, _gora_allocation, _R4, 600),
+    Arm("sora-r2-long", "SoRA from r = 2, 600 steps", 2, _LONG, _methods(_default("SoRA")), _R2, 600),
+    Arm("sora-r4-long", "SoRA from r = 4, 600 steps", 4, _LONG, _methods(_default("SoRA")), _R4, 600),
 )

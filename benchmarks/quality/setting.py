@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,10 +51,10 @@ class Bench:
         """A copy of the pretrained encoder."""
         return copy.deepcopy(self.encoder)
 
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """The one pass of a run: 200 batches of 32, cut from length-sorted groups of 8, in an order of the seed."""
+    def batches(self, seed: int, steps: int = STEPS) -> Iterator[Batch]:
+        """The one pass of a run: `steps` batches of 32, cut from length-sorted groups of 8, in an order of the seed."""
         order = random.Random(derived_seed(seed, "data order"))
-        rows = order.sample(range(len(self.train_tokens)), STEPS * BATCH)
+        rows = order.sample(range(len(self.train_tokens)), steps * BATCH)
         for start in range(0, len(rows), GROUP * BATCH):
             group = sorted(rows[start : start + GROUP * BATCH], key=lambda i: len(self.train_tokens[i]))
             cut = [group[i : i + BATCH] for i in range(0, len(group), BATCH)]
@@ -113,26 +114,37 @@ def batch_loss(model: nn.Module, batch: Batch, head: Tensor) -> tuple[Tensor, Te
 
 
 def train(
-    model: nn.Module, bench: Bench, learning_rate: float, seed: int, session: Session | None = None
+    model: nn.Module,
+    bench: Bench,
+    learning_rate: float,
+    seed: int,
+    session: Session | None = None,
+    steps: int = STEPS,
 ) -> list[float]:
-    """200 steps on the adapter; returns the loss of every step.
+    """Trains the adapter; returns the loss of every step.
 
     Without a session, or where no method of its recipe brings an optimizer, AdamW moves the factors. Gradients are
     clipped unless the optimizer must not see clipped ones.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     method = None if session is None else session.recipe.optimize
-    if session is None or method is None:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer
+    if session is None:
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    elif method is None:
+        # With the groups that a schedule brings (gates); the rates below are the run's.
+        optimizer, _ = session.optimizers(
+            SimpleNamespace(learning_rate=learning_rate, lr_scheduler_type="constant"), steps
+        )
     else:
         groups = pair_groups(model, session.layers, SimpleNamespace(), method)
         optimizer = method.make_optimizer(groups, lr=learning_rate)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
     model.train()
     losses = []
     if session is not None:
-        session.begin(optimizer, STEPS)
-    for step, batch in enumerate(bench.batches(seed), 1):
+        session.begin(optimizer, steps)
+    for step, batch in enumerate(bench.batches(seed, steps), 1):
         if session is not None:
             session.before_step(step)
         loss = batch_loss(model, batch, bench.head)[0].mean()
@@ -147,6 +159,8 @@ def train(
         if session is not None:
             session.after_step(step)
         losses.append(float(loss.detach()))
+    if session is not None:
+        session.end(steps)
     model.eval()
     return losses
 
@@ -167,9 +181,9 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], order: Sequence[int] | 
     return Scores(found.correct[place], found.nll[place])
 
 
-def _rate(step: int) -> float:
-    warmup = round(WARMUP * STEPS)
-    return min((step + 1) / warmup, (STEPS - step) / (STEPS - warmup))
+def _rate(step: int, steps: int) -> float:
+    warmup = round(WARMUP * steps)
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 
 def _head(hidden: int) -> Tensor:

@@ -336,7 +336,8 @@ class Session:
         for event in self.schedule.events():
             about = {"step": event.step, "kind": event.kind, "reason": event.reason}
             self._changes.append({**about, "figures": dict(event.figures)})
-            for name, rank in event.ranks.items():
+            for name in dict.fromkeys((*event.ranks, *event.layers)):
+                rank = event.ranks.get(name, self._ranks.get(name, 0))
                 line = {**about, "layer": name, "from": self._ranks.get(name, 0), "to": rank}
                 detail = event.layers.get(name)
                 self._changes.append(line if detail is None else {**line, "detail": detail})
@@ -345,8 +346,8 @@ class Session:
     def drain_changes(self) -> tuple[dict[str, Any], ...]:
         """The schedule's events since this was last asked, as `ranks.jsonl` holds them.
 
-        An event is a line with `step`, `kind`, `reason` and `figures`, then one for each layer that it changed, with
-        `layer`, `from`, `to` and perhaps `detail`.
+        An event is a line with `step`, `kind`, `reason` and `figures`, then one for each layer that it changed or
+        measured, with `layer`, `from`, `to` and perhaps `detail`.
         """
         found, self._changes = tuple(self._changes), []
         return found
