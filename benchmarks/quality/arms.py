@@ -194,6 +194,7 @@ def _methods(*chosen: "Callable[[Arm], Method]") -> Callable[[Arm, Bench, int], 
             calibration=_calibration(arm, bench, seed, arm.name) if needs else None,
             seed=seed,
             loss=_loss(bench),
+            validation=bench.scored(seed) if any(method.needs_validation for method in methods) else None,
         )
         return Started(session.model, session.plan, session)
 
@@ -248,6 +249,8 @@ ARMS: tuple[Arm, ...] = (
     Arm("uniform-r4-long", "uniform, r = 4, 600 steps", 4, _LONG, _uniform, "uniform-r2-long", 600),
     Arm("gora-allocation-r2-long", "GoRA's ranks, mean r = 2, 600 steps", 2, _LONG, _gora_allocation, _R2, 600),
     Arm("gora-allocation-r4-long", "GoRA's ranks, mean r = 4, 600 steps", 4, _LONG, _gora_allocation, _R4, 600),
+    Arm("ab-lora-r2-long", "AB-LoRA, mean r = 2, 600 steps", 2, _LONG, _methods(_default("ABLoRA")), _R2, 600),
+    Arm("ab-lora-r4-long", "AB-LoRA, mean r = 4, 600 steps", 4, _LONG, _methods(_default("ABLoRA")), _R4, 600),
     Arm("sora-r2-long", "SoRA from r = 2, 600 steps", 2, _LONG, _methods(_default("SoRA")), _R2, 600),
     Arm("sora-r4-long", "SoRA from r = 4, 600 steps", 4, _LONG, _methods(_default("SoRA")), _R4, 600),
 )

@@ -42,6 +42,8 @@ class Bench:
     head: Tensor
     train_tokens: list[list[int]]
     train_labels: list[int]
+    validation_tokens: list[list[int]]
+    validation_labels: list[int]
     validation: list[Batch]
     test: list[Batch]
     test_order: list[int]
@@ -61,6 +63,11 @@ class Bench:
             order.shuffle(cut)
             for chosen in cut:
                 yield _collate([self.train_tokens[i] for i in chosen], [self.train_labels[i] for i in chosen])
+
+    def scored(self, seed: int) -> list[Batch]:
+        """32 rows that a schedule scores ranks on: of the validation rows, by the run's seed."""
+        rows = random.Random(derived_seed(seed, "scored rows")).sample(range(len(self.validation_tokens)), BATCH)
+        return [_collate([self.validation_tokens[i] for i in rows], [self.validation_labels[i] for i in rows])]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def load_bench() -> Bench:
         found = tokenizer([text for text, _ in rows], truncation=True, max_length=MAX_TOKENS)["input_ids"]
         return [list(ids) for ids in found]
 
+    validation_tokens, validation_labels = tokens(data.validation), [label for _, label in data.validation]
     test_tokens = tokens(data.test)
     test_order = sorted(range(len(data.test)), key=lambda i: len(test_tokens[i]))
     return Bench(
@@ -92,7 +100,9 @@ def load_bench() -> Bench:
         head=_head(config.hidden_size),
         train_tokens=tokens(data.train),
         train_labels=[label for _, label in data.train],
-        validation=_cut(tokens(data.validation), [label for _, label in data.validation], range(len(data.validation))),
+        validation_tokens=validation_tokens,
+        validation_labels=validation_labels,
+        validation=_cut(validation_tokens, validation_labels, range(len(validation_labels))),
         test=_cut(test_tokens, [label for _, label in data.test], test_order),
         test_order=test_order,
         identity={

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -28,6 +28,7 @@ __all__ = [
     "adapter_disabled",
     "adapter_tensors",
     "attach_lora",
+    "in_slots",
     "modules_saved",
     "peft_model_of",
     "write_factors",
@@ -82,6 +83,7 @@ def attach_lora(
     model: nn.Module,
     plan: RankPlan,
     *,
+    slots: Mapping[str, int] | None = None,
     lora_dropout: float = 0.0,
     modules_to_save: Sequence[str] | None = None,
     task_type: str | None = None,
@@ -90,11 +92,13 @@ def attach_lora(
     """Puts a LoRA of the plan's ranks and scalings on the model: Kaiming lora_A from the plan's seed, zero lora_B.
 
     The base weights are not written; the base parameters are frozen, as PEFT does; a layer of rank 0 gets no adapter.
-    Factors are float32 also on a 16-bit base. The model stays in the training or evaluation mode it was in.
+    Factors are float32 also on a 16-bit base. The model stays in the training or evaluation mode it was in. Slots
+    beyond a layer's rank are empty: zero rows of lora_A, and columns of lora_B that nothing reaches.
 
     Args:
         model: the base model, without adapters.
         plan: made for this model.
+        slots: by layer, how many rows lora_A gets, at least the layer's rank; by default the plan's ranks.
         lora_dropout: dropout on the input of lora_A, in [0, 1).
         modules_to_save: names of modules that are trained in full.
         task_type: PEFT's task type (`"CAUSAL_LM"`, `"SEQ_CLS"`, ...); classification tasks also train their head.
@@ -114,20 +118,25 @@ def attach_lora(
     _check_settings(lora_dropout, task_type, adapter_name)
     modules = {name: module for name, module in model.named_modules() if name}
     check_patterns(modules, None, modules_to_save)
+    built = plan.ranks if slots is None else dict(slots)
     layers = _planned_layers(model, modules, plan)
     _refuse_saved(layers, [*(modules_to_save or ()), *(HEAD_NAMES if task_type in _HEAD_TASKS else ())])
     config = native_config(
-        plan, layers, list(modules), lora_dropout=lora_dropout, modules_to_save=modules_to_save, task_type=task_type
+        plan,
+        layers,
+        list(modules),
+        slots=built,
+        lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save,
+        task_type=task_type,
     )
     peft_model = _build(model, config, adapter_name)
     adapted = adapted_layers(peft_model, adapter_name)
-    _assert_as_planned(adapted, plan)
+    _assert_as_planned(adapted, plan, built)
     for name, layer in adapted.items():
-        write_factors(
-            layer,
-            kaiming_uniform(layer.rank, layer.base.shape.in_features, generator(plan.seed, "lora_A", name)),
-            layer.lora_B.data,
-        )
+        rank = plan.ranks[name]
+        drawn = kaiming_uniform(rank, layer.base.shape.in_features, generator(plan.seed, "lora_A", name))
+        write_factors(layer, *in_slots(layer, drawn, layer.lora_B.detach()[:, :rank]))
     return peft_model
 
 
@@ -147,6 +156,14 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
                 raise ModelError(f"{name}: the adapter lies on a {kind}; only linear layers are supported")
             layers[name] = AdaptedLayer(name, base, module, adapter_name)
     return layers
+
+
+def in_slots(
+    layer: AdaptedLayer, lora_A: Float[Tensor, "rank in"], lora_B: Float[Tensor, "out rank"]
+) -> tuple[Float[Tensor, "slots in"], Float[Tensor, "out slots"]]:
+    """Factors of a rank up to the layer's, with zero rows and columns for the slots that stay empty."""
+    empty = layer.rank - len(lora_A)
+    return nn.functional.pad(lora_A, (0, 0, 0, empty)), nn.functional.pad(lora_B, (0, empty))
 
 
 def write_factors(layer: AdaptedLayer, lora_A: Float[Tensor, "rank in"], lora_B: Float[Tensor, "out rank"]) -> None:
@@ -279,8 +296,8 @@ def _build(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel
     return peft_model
 
 
-def _assert_as_planned(adapted: dict[str, AdaptedLayer], plan: RankPlan) -> None:
-    planned = {name: rank for name, rank in plan.ranks.items() if rank}
+def _assert_as_planned(adapted: dict[str, AdaptedLayer], plan: RankPlan, slots: Mapping[str, int]) -> None:
+    planned = {name: size for name, size in slots.items() if size}
     faults = [f"{name}: PEFT built an adapter that is not in the plan" for name in adapted.keys() - planned.keys()]
     for name, rank in planned.items():
         layer = adapted.get(name)

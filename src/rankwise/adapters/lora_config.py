@@ -19,6 +19,7 @@ def native_config(
     layers: Sequence[LinearLayer],
     module_names: Sequence[str],
     *,
+    slots: Mapping[str, int] | None = None,
     lora_dropout: float = 0.0,
     modules_to_save: Sequence[str] | None = None,
     task_type: str | None = None,
@@ -29,29 +30,31 @@ def native_config(
         plan: ranks, alpha and scaling rule.
         layers: the layers of rank >= 1, by full name; the others get no adapter.
         module_names: the names of all modules of the base model.
+        slots: by layer, how many rows lora_A gets; by default its rank.
         lora_dropout: dropout before lora_A, in [0, 1).
         modules_to_save: modules trained in full.
         task_type: PEFT's task type, for example `"CAUSAL_LM"`.
 
     Returns:
-        Patterns are anchored full names; a layer that follows the defaults needs none. The rules that divide by the
-        layer's own rank need no `alpha_pattern`, the others undo PEFT's division by the rank there
-        (specs/gora.md, section 3.9).
+        Patterns are anchored full names; a layer that follows the defaults needs none. Where the scaling is not alpha
+        over PEFT's divisor of the slots, an `alpha_pattern` undoes the division (specs/gora.md, section 3.9).
     """
     rule = plan.scaling_rule
-    ranks = {layer.name: plan.ranks[layer.name] for layer in layers}
-    uneven = {name: rank for name, rank in ranks.items() if rank != plan.r}
+    built = plan.ranks if slots is None else slots
+    sizes = {layer.name: built[layer.name] for layer in layers}
+    uneven = {name: size for name, size in sizes.items() if size != plan.r}
     alphas = {}
-    if not rule.own_rank:
-        peft_divisor = {name: math.sqrt(rank) if rule.rank_stabilized else rank for name, rank in uneven.items()}
-        alphas = {anchored(name): plan.scaling(name) * peft_divisor[name] for name in uneven}
+    for name, size in uneven.items():
+        divisor, scaling = math.sqrt(size) if rule.rank_stabilized else float(size), plan.scaling(name)
+        if scaling != plan.lora_alpha / divisor:
+            alphas[anchored(name)] = scaling * divisor
     return LoraConfig(
         r=plan.r,
         lora_alpha=cast(int, _integral(plan.lora_alpha)),  # PEFT annotates int and computes with any number
         use_rslora=rule.rank_stabilized,
-        rank_pattern={anchored(name): rank for name, rank in uneven.items()},
+        rank_pattern={anchored(name): size for name, size in uneven.items()},
         alpha_pattern=alphas,
-        target_modules=_exact_targets(list(ranks), module_names),
+        target_modules=_exact_targets(list(sizes), module_names),
         lora_dropout=lora_dropout,
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         task_type=task_type,

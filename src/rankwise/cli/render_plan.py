@@ -69,6 +69,7 @@ def cost_view(cost: Mapping[str, float | int]) -> RenderableType:
     told = ", ".join(f"{part} {_size(count)}" for part, count in parts.items())
     step = cost["micro_batches"] * cost["micro_batch_seconds"] + cost["optimizer_seconds"]
     overhead = [] if cost["overhead"] == 1 else [_overhead(cost)]
+    events = [_events(cost["event_seconds"])] if cost["event_seconds"] else []
     return Group(
         Text.assemble(("Memory of a step  ", "bold"), f"{_size(cost['memory_bytes'])} ({told})"),
         Text.assemble(
@@ -77,7 +78,13 @@ def cost_view(cost: Mapping[str, float | int]) -> RenderableType:
             "calibration, evaluation and saving come on top",
         ),
         *overhead,
+        *events,
     )
+
+
+def _events(seconds: float) -> Text:
+    """What rounds take that come between steps; in the time of training already."""
+    return Text.assemble(("Between steps  ", "bold"), f"{duration(seconds)} of it for the rounds of the schedule")
 
 
 def _overhead(cost: Mapping[str, float | int]) -> Text:

@@ -34,7 +34,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -110,6 +110,11 @@ class ABLoRA(Method):
     }
     needs_validation: ClassVar[bool] = True
 
+    @property
+    def scored_rows(self) -> int:
+        """`sequences`, for every round where each takes its own."""
+        return self.sequences * (self.rounds if self.redraw else 1)
+
     rounds: int = 8
     prune_per_round: int | None = None
     prune_fraction: float | None = None
@@ -173,7 +178,7 @@ class ABLoRA(Method):
         return self.rounds == 0 or self.prune_per_round == 0 or self.prune_fraction == 0
 
     def capacity(self, layers: Sequence[LayerShape], ranks: Mapping[str, int]) -> dict[str, int]:
-        """The slots that each layer's adapter is built with: min(in, out, rank + growth).
+        """The slots that each layer's adapter is built with: min(in, out, rank + growth), none for a dropped layer.
 
         Slots beyond the layer's rank start empty (zero rows of lora_A); the scaling is that of the rank.
 
@@ -184,7 +189,14 @@ class ABLoRA(Method):
         Source: ours; the paper appends rows, which would change shapes in training.
         """
         growth = 0 if self.neutral else self.rounds if self.growth is None else self.growth
-        return {layer.name: min(layer.max_rank, ranks[layer.name] + growth) for layer in layers}
+        rooms = {layer.name: min(layer.max_rank, ranks[layer.name] + growth) for layer in layers}
+        return {name: room if ranks[name] else 0 for name, room in rooms.items()}
+
+    def for_epochs_of(self, steps: int) -> "ABLoRA":
+        """With `epoch_steps`, where rounds are counted in epochs and nobody said how long one is."""
+        if self.warmup_epochs is None or self.epoch_steps is not None:
+            return self
+        return replace(self, epoch_steps=steps)
 
     def prunes(self, names: Sequence[str], ranks: int) -> int:
         """n_A: how many ranks a round switches off.
@@ -682,6 +694,15 @@ class ABLoRASchedule(SteadyRanks):
         """The masks, and about what a scoring pass takes while rounds are to come."""
         masks = sum(self._gates.value(name).nbytes for name in self._layers)
         return masks + (self._ablation.pass_bytes if self._steps and self._next < len(self._steps) else 0)
+
+    def event_seconds(self) -> float:
+        """Scoring in the rounds to come, from one timed pass; `screened` takes less, by how much shows only then."""
+        if not self._steps:
+            return 0.0
+        rounds, batches = len(self._steps) - self._next, self._groups[0]
+        if self._method.score == "taylor":  # two passes with gradients, each about three without
+            return rounds * 6 * self._ablation.pass_seconds(batches)
+        return rounds * self._ablation.forecast(batches, self._live_slots())
 
     def close(self) -> None:
         """Takes masks and hooks off the model."""

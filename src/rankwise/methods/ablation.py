@@ -10,6 +10,7 @@ other layer computes its product. `Ablation.taylor` takes the slopes of S in the
 Nothing of the model is changed: weights, gates, gradients, flags, modes and random states are as found afterwards.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ class Ablation:
         self._shifted: bool | None = None
         self._dims: dict[str, int] = {}
         self._bytes_each = memory_bytes
+        self._row_seconds = 0.0
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._passes, self._sequences = 0, 0.0
         self._listener = model.register_forward_pre_hook(self._listen)
@@ -191,7 +193,9 @@ class Ablation:
             batch = batch_to(batch, self._device)
             self._shifted = self._find_loss(batch)
             order = self._find_shapes(batch)
-            alone = self._sums(batch, 1)
+            begun = time.perf_counter()
+            alone = self._sums(batch, 1)  # on the CPU when it returns, so that the clock has seen all of it
+            self._row_seconds = (time.perf_counter() - begun) / _rows(batch)
             if self._shifted is None:
                 remarks.append("the loss is no cross-entropy of the logits: every ablation takes a pass of its own")
             elif not _close(self._sums(batch, 2), alone, self._tolerance()):
@@ -204,6 +208,20 @@ class Ablation:
                 remarks.append("the blocks do not simply follow one another: passes go through the whole model")
         self.remarks = tuple(remarks)
         self._passes, self._sequences = 0, 0.0  # what scoring costs, without this look
+
+    def forecast(self, batches: Sequence[Any], slots: Slots) -> float:
+        """Seconds that `exact` will take in this process, from the pass that `prepare` timed; 0 before it."""
+        last = len(self._blocks) - 1
+        outputs = 2 * max(0, last) / max(1, len(self._blocks))
+        shares = [
+            2 * sum(len(slots[name]) for name in names) * (1 - max(0, index) / max(1, len(self._blocks)))
+            for index, names in self._stages(slots)
+        ]
+        return (2 + outputs + sum(shares)) * self.pass_seconds(batches) / world_size()
+
+    def pass_seconds(self, batches: Sequence[Any]) -> float:
+        """What one plain pass over the batches takes, as `prepare` timed it; 0 before it."""
+        return sum(map(_rows, batches)) * self._row_seconds
 
     def plain(self, batches: Sequence[Any], slots: Slots) -> Scores:
         """Both terms by the definition: one pass of the whole model for every term, nothing shared."""

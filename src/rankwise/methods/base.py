@@ -151,6 +151,11 @@ class Method:
     """Whether the schedule scores on validation batches, which `attach` must then be given."""
 
     @property
+    def scored_rows(self) -> int:
+        """How many validation rows the schedule scores on over the run; only asked where `needs_validation` is true."""
+        return 32
+
+    @property
     def offset_place(self) -> OffsetPlace:
         """Where the start's update is subtracted (initialize slot): nowhere, beside the adapter, or from the base."""
         return "none"
@@ -220,6 +225,24 @@ class Method:
             The bytes, held against the free memory; None for no more than AdamW's two moments.
         """
         return None
+
+    def capacity(self, layers: Sequence[LayerShape], ranks: Mapping[str, int]) -> dict[str, int]:
+        """The slots that each layer's adapter is built with, where ranks may grow in training (schedule slot).
+
+        Slots beyond a layer's rank start empty (zero rows of lora_A), and its scaling stays that of its rank.
+
+        Args:
+            layers: the targets.
+            ranks: by layer, the rank that it starts with, >= 0.
+
+        Returns:
+            By layer, at least its rank; 0 where the rank is 0, which drops the layer.
+        """
+        return dict(ranks)
+
+    def for_epochs_of(self, steps: int) -> "Method":
+        """The method with an epoch's length in optimizer steps, where its settings count in epochs; else itself."""
+        return self
 
     def make_schedule(self, scene: Scene) -> Schedule:
         """What acts around steps (schedule slot); hooks are put on the model here and taken off by its `close`."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from rankwise.errors import ConfigError, RecipeError
+from rankwise.methods.ab_lora import ABLoRA
 from rankwise.methods.base import Method
 from rankwise.methods.ggpo import GGPO, MGPO
 from rankwise.methods.gora import GoRA
@@ -18,11 +19,10 @@ from rankwise.methods.sora import SoRA
 __all__ = ["METHODS", "RESERVED", "method_class", "method_from_id"]
 
 METHODS: Mapping[str, type[Method]] = {
-    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, SoRA)
+    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, ABLoRA, SoRA)
 }
 
 RESERVED: Mapping[str, str] = {
-    "ab-lora": "ALoRA (AB-LoRA), arXiv 2403.16187",
     "beamlora": "BeamLoRA, arXiv 2502.13604",
     "xgblora": "XGBLoRA, arXiv 2410.19694",
 }

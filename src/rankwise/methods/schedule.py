@@ -144,6 +144,10 @@ class Schedule(Protocol):
         """What it holds at the peak of a step, for a forecast; asked after a few steps."""
         ...
 
+    def event_seconds(self) -> float:
+        """What its events still to come will take beyond steps, as far as was measured; asked after `begin`."""
+        ...
+
     def close(self) -> None:
         """Takes every hook off the model; called any number of times."""
 
@@ -198,3 +202,7 @@ class SteadyRanks:
     def outlook(self, max_steps: int) -> tuple[str, ...]:
         """Nothing to say beforehand."""
         return ()
+
+    def event_seconds(self) -> float:
+        """Events cost next to nothing."""
+        return 0.0

@@ -557,6 +557,10 @@ class SoRASchedule:
         values = self._method.thresholds
         return any(values) if values is not None else self._method.target_density < 1
 
+    def event_seconds(self) -> float:
+        """A look at the gates costs next to nothing."""
+        return 0.0
+
     def memory_bytes(self) -> int:
         """The gates with gradient and moments."""
         return 4 * 4 * self._entries

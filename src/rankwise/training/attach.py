@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attach import AdaptedLayer, adapted_layers, attach_lora, write_factors
+from rankwise.adapters.attach import AdaptedLayer, adapted_layers, attach_lora, in_slots, write_factors
 from rankwise.adapters.fingerprint import architecture_fingerprint, check_finite_weights, weights_fingerprint
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
@@ -22,7 +22,7 @@ from rankwise.methods.base import Budget, Factors, Method, Slot, Start
 from rankwise.methods.recipe import METHODS, Recipe, Situation
 from rankwise.ranks.plan import ModelIdentity, RankPlan
 from rankwise.ranks.shapes import LayerShape, uniform_budget
-from rankwise.training.beside import kept_validation, make_schedule, put_offset
+from rankwise.training.beside import kept_validation, make_schedule, planned_slots, put_offset
 from rankwise.training.calibrating import Calibration, calibration_notes, gathered, kept_calibration
 from rankwise.training.session import AdapterSettings, CalibrationSummary, Session
 from rankwise.training.trial import TrialLoss, reread
@@ -158,7 +158,7 @@ def attach(
     # Hashed before anything can write it, where the start is subtracted from the base itself.
     untouched = weights_fingerprint(model) if job.recipe.initialize.offset_place == "base" else None
     with random_states_restored():
-        peft_model = attach_lora(model, final, **settings.arguments())
+        peft_model = attach_lora(model, final, slots=planned_slots(job.recipe, final), **settings.arguments())
         layers = adapted_layers(peft_model, settings.adapter_name)
         told = _write_start(peft_model, layers, job, final, statistics, loss)
     assert_equal_everywhere(_hash(final, layers), "the plan and the factors at step 0")
@@ -360,11 +360,12 @@ def _write_start(
     """Factors at step 0: the initializer's, then what it refines by evaluating a few calibration batches; its notes."""
     method = job.recipe.initialize
     start: dict[str, Factors] = {}
+    ranks = final.ranks
     for name, layer in layers.items():
         start[name] = method.initialize(
             Start(
                 layer=layer.base,
-                rank=layer.rank,
+                rank=ranks[name],
                 divisor=final.lora_alpha / layer.scaling,
                 budget=job.budget,
                 seed=final.seed,
@@ -372,7 +373,7 @@ def _write_start(
                 statistics=None if statistics is None else statistics.layers[name],
             )
         )
-        write_factors(layer, start[name].lora_A, start[name].lora_B)
+        write_factors(layer, *in_slots(layer, start[name].lora_A, start[name].lora_B))
     told = method.start_notes(statistics, start, final.seed)
     if type(method).refine is Method.refine or job.calibration is None:
         return told
@@ -385,7 +386,7 @@ def _write_start(
         autocast_dtype=source.autocast_dtype,
     )
     for name, factors in (method.refine(start, trial) or {}).items():
-        write_factors(layers[name], factors.lora_A, factors.lora_B)
+        write_factors(layers[name], *in_slots(layers[name], factors.lora_A, factors.lora_B))
     return told
 
 

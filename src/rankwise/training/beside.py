@@ -13,8 +13,9 @@ from rankwise.calibration.batches import Loss
 from rankwise.errors import ConfigError
 from rankwise.methods.recipe import Recipe
 from rankwise.methods.schedule import Scene, Schedule
+from rankwise.ranks.plan import RankPlan
 
-__all__ = ["kept_validation", "make_schedule", "put_offset", "start_pairs"]
+__all__ = ["kept_validation", "make_schedule", "planned_slots", "put_offset", "start_pairs"]
 
 
 def kept_validation(recipe: Recipe, validation: Iterable[Any] | None) -> list[Any] | None:
@@ -37,6 +38,12 @@ def kept_validation(recipe: Recipe, validation: Iterable[Any] | None) -> list[An
     if not kept:
         raise ConfigError("validation holds no batch: give at least one, with labels")
     return kept
+
+
+def planned_slots(recipe: Recipe, plan: RankPlan) -> dict[str, int]:
+    """By layer, the slots that the adapter is built with: the plan's ranks, and room for those that may come."""
+    ranks, owner = plan.ranks, recipe.schedule
+    return ranks if owner is None else owner.capacity([layer.shape for layer in plan.layers], ranks)
 
 
 def start_pairs(layers: Mapping[str, AdaptedLayer]) -> dict[str, FactorPair]:

@@ -32,7 +32,7 @@ from rankwise.calibration.processes import process_index, world_size
 from rankwise.errors import CheckpointError
 from rankwise.methods.recipe import Recipe, method_from_id
 from rankwise.ranks.plan import RankPlan
-from rankwise.training.beside import kept_validation, make_schedule, put_offset
+from rankwise.training.beside import kept_validation, make_schedule, planned_slots, put_offset
 from rankwise.training.marker import MARKER, damage, last_complete_checkpoint, read_marker, seal, unseal
 from rankwise.training.optimizers import unwrapped
 from rankwise.training.session import AdapterSettings, CalibrationSummary, Session
@@ -95,7 +95,7 @@ def resume(
     _check_parts(folder, marker, recipe, plan, kept)
     with random_states_restored():
         scored = kept_validation(recipe, validation)
-        peft_model = attach_lora(model, plan, **settings.arguments())
+        peft_model = attach_lora(model, plan, slots=planned_slots(recipe, plan), **settings.arguments())
         load_native(peft_model, folder, settings.adapter_name)
         layers = adapted_layers(peft_model, settings.adapter_name)
         offset = put_offset(peft_model, layers, recipe, kept.offsets)

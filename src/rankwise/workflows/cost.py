@@ -1,6 +1,5 @@
 """What a plan will cost: steps of it are made and measured on a model that is thrown away, beside plain LoRA's."""
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -9,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.arguments import autocast_dtype
-from rankwise.workflows.config import build_recipe
 from rankwise.workflows.events import Listener, Note, ignore
-from rankwise.workflows.job import TASK_TYPES, Job
+from rankwise.workflows.job import TASK_TYPES, Job, job_recipe, max_steps, validation_batches
 from rankwise.workflows.prepare import calibration_batches
 
 if TYPE_CHECKING:
@@ -45,6 +43,7 @@ class RunCost:
         micro_batches: of one step.
         micro_batch_seconds: forward and backward of one micro-batch, measured.
         optimizer_seconds: one optimizer step, measured, with what the schedule does around it.
+        event_seconds: what the schedule's rounds over the whole run take beside its steps, foretold from a timed pass.
         plain_micro_batch_seconds: the same for plain LoRA of these ranks.
         plain_optimizer_seconds: the same for AdamW.
     """
@@ -60,6 +59,7 @@ class RunCost:
     micro_batches: int
     micro_batch_seconds: float
     optimizer_seconds: float
+    event_seconds: float
     plain_micro_batch_seconds: float
     plain_optimizer_seconds: float
 
@@ -72,13 +72,17 @@ class RunCost:
     @property
     def seconds(self) -> float:
         """Training alone: calibration, evaluation and saving come on top."""
-        return self.steps * (self.micro_batches * self.micro_batch_seconds + self.optimizer_seconds)
+        return self.steps * self._step_seconds + self.event_seconds
+
+    @property
+    def _step_seconds(self) -> float:
+        return self.micro_batches * self.micro_batch_seconds + self.optimizer_seconds
 
     @property
     def overhead(self) -> float:
         """A step over a plain LoRA step of the same ranks under AdamW; exactly 1 where nothing differs."""
         plain = self.micro_batches * self.plain_micro_batch_seconds + self.plain_optimizer_seconds
-        return self.seconds / (self.steps * plain)
+        return self._step_seconds / plain
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the sums included."""
@@ -105,6 +109,7 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
     import torch
 
     from rankwise.adapters.attach import adapted_layers, attach_lora
+    from rankwise.training.beside import planned_slots
     from rankwise.training.optimizers import (
         adamw_and_scheduler,
         own_and_scheduler,
@@ -112,15 +117,16 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
         state_in_words,
     )
 
+    recipe, arguments, steps = job_recipe(job), job.arguments, max_steps(job)
     model = attach_lora(
         job.model,
         plan,
+        slots=planned_slots(recipe, plan),
         lora_dropout=job.config.lora_dropout,
         modules_to_save=list(job.modules_to_save) or None,
         task_type=TASK_TYPES[job.config.task],
     )
     model.train()
-    recipe, arguments, steps = build_recipe(job.config), job.arguments, _steps(job)
     layers = adapted_layers(model)
     method = recipe.optimize
     if method is not None and (state := refuse_large_state(method, layers)) is not None:
@@ -129,7 +135,7 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
     fused = True if arguments.device.type in ("cpu", "cuda") else None
     plain_optimizer: Optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
     plain = timed = _Steps(job, model).measured(plain_optimizer)
-    optimizer, beside, scheduled = plain_optimizer, 0, 0
+    optimizer, beside, scheduled, events = plain_optimizer, 0, 0, 0.0
     if method is not None or recipe.schedule is not None or recipe.initialize.offset_place == "adapter":
         if method is not None:
             optimizer = own_and_scheduler(model, layers, arguments, steps, method)[0]
@@ -141,7 +147,8 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
                 if method is None and schedule.owned_groups(1.0, 0.0):
                     optimizer = adamw_and_scheduler(model, arguments, steps, schedule)[0]
             timed = _Steps(job, model, schedule, steps).measured(optimizer)
-            scheduled = 0 if schedule is None else schedule.memory_bytes()
+            if schedule is not None:
+                scheduled, events = schedule.memory_bytes(), schedule.event_seconds()
     moved = recipe.initialize.offset_place == "base"
     copied: list[Any] = [layer.base.module for layer in layers.values()] if moved else []
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -157,6 +164,7 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
         micro_batches=arguments.gradient_accumulation_steps,
         micro_batch_seconds=timed.micro_batch,
         optimizer_seconds=timed.optimizer,
+        event_seconds=events,
         plain_micro_batch_seconds=plain.micro_batch,
         plain_optimizer_seconds=plain.optimizer,
     )
@@ -173,7 +181,9 @@ def _put_beside(recipe: "Recipe", job: Job, model: "PeftModel", stack: ExitStack
         offset = put_offset(model, layers, recipe, {name: _some_pair(layer) for name, layer in layers.items()})
         assert offset is not None
         stack.callback(offset.close)
-    schedule = make_schedule(recipe, model, layers, job.config.seed, offset=offset, validation=None, loss=None)
+    schedule = make_schedule(
+        recipe, model, layers, job.config.seed, offset=offset, validation=validation_batches(job), loss=None
+    )
     if schedule is not None:
         stack.callback(schedule.close)
     pairs = () if offset is None else offset.pairs.values()
@@ -295,12 +305,3 @@ def _state_bytes(optimizer: "Optimizer") -> int:
 def _storage_bytes(tensors: "Iterable[Tensor]") -> dict[int, int]:
     """Bytes by storage, so that tied weights count once."""
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-
-
-def _steps(job: Job) -> int:
-    arguments = job.arguments
-    if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
-    epoch: int = math.ceil(len(job.prepared.train) / batch)
-    return max(1, math.ceil(epoch * float(arguments.num_train_epochs)))

@@ -1,5 +1,6 @@
 """What plan and train have in common: data, tokenizer, model, tokens, calibration batches, checked in this order."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,18 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.errors import ConfigError
 from rankwise.workflows.arguments import autocast_dtype, sft_arguments, training_arguments
 from rankwise.workflows.config import RunConfig, build_recipe
 from rankwise.workflows.data import RunData, load_data
 from rankwise.workflows.events import Listener, Note, PhaseDone, PhaseProgress, PhaseStarted
 from rankwise.workflows.model import load_model, load_tokenizer
-from rankwise.workflows.prepare import Prepared, calibration_batches, prepare_classification
+from rankwise.workflows.prepare import Prepared, calibration_batches, prepare_classification, scoring_batches
 from rankwise.workflows.prepare_causal import prepare_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from rankwise.methods.recipe import Situation
+    from rankwise.methods.recipe import Recipe, Situation
     from rankwise.training.attach import Calibration
 
 __all__ = [
@@ -28,7 +30,11 @@ __all__ = [
     "attach_options",
     "calibration",
     "calibration_total",
+    "epoch_steps",
+    "job_recipe",
     "load_job",
+    "max_steps",
+    "validation_batches",
 ]
 
 TASK_TYPES: Mapping[str, str] = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
@@ -89,6 +95,7 @@ def load_job(config: RunConfig, phases: Phases) -> Job:
         detail.append(f"{len(data.train):,} rows to train on")
     for note in data.notes:
         phases.listener(Note(text=note))
+    _refuse_unscored(config, data)
     evaluates = data.validation is not None
     causal = config.task == "causal-lm"
     arguments = (sft_arguments if causal else training_arguments)(config, evaluates=evaluates)
@@ -129,11 +136,50 @@ def _situation(arguments: "TrainingArguments") -> "Situation":
     return replace(situation_of_arguments(arguments), optim=optim)
 
 
+def job_recipe(job: Job) -> "Recipe":
+    """The run's methods, told how many optimizer steps an epoch of its rows takes."""
+    recipe, epoch = build_recipe(job.config), epoch_steps(job)
+    return replace(recipe, methods=tuple(method.for_epochs_of(epoch) for method in recipe.methods))
+
+
+def epoch_steps(job: Job) -> int:
+    """Optimizer steps of one pass over the rows."""
+    arguments = job.arguments
+    batch: int = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+    return math.ceil(len(job.prepared.train) / batch)
+
+
+def max_steps(job: Job) -> int:
+    """Optimizer steps of the whole run."""
+    if job.arguments.max_steps > 0:
+        return int(job.arguments.max_steps)
+    return max(1, math.ceil(epoch_steps(job) * float(job.arguments.num_train_epochs)))
+
+
+def validation_batches(job: Job) -> list[dict[str, Any]] | None:
+    """The validation rows that a schedule scores on, drawn by the run's seed; None where none scores."""
+    owner = build_recipe(job.config).schedule
+    if owner is None or not owner.needs_validation:
+        return None
+    assert job.prepared.validation is not None  # refused by load_job
+    return scoring_batches(job.prepared.validation, job.prepared.collator, owner.scored_rows, job.config.seed)
+
+
+def _refuse_unscored(config: RunConfig, data: RunData) -> None:
+    """A schedule that scores ranks needs rows that are not trained on."""
+    owner = build_recipe(config).schedule
+    if owner is not None and owner.needs_validation and data.validation is None:
+        raise ConfigError(
+            f"data.validation: {owner.id} scores ranks on validation rows, and the run has none; name a file, or the "
+            "share of the training rows to set aside (0.1)"
+        )
+
+
 def attach_options(job: Job) -> dict[str, Any]:
     """What `training.attach.plan` and `attach` are given alike."""
     config = job.config
     return {
-        "methods": build_recipe(config),
+        "methods": job_recipe(job),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "target_modules": config.target_modules,

@@ -22,7 +22,11 @@ __all__ = [
     "length_limit",
     "prepare_classification",
     "refuse_unlabeled",
+    "scoring_batches",
 ]
+
+SCORED_AT_ONCE = 32
+"""Rows in a batch that a schedule scores on: as many as are padded to one length."""
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -169,6 +173,24 @@ def calibration_batches(prepared: Prepared, batch_size: int, seed: int) -> Any:
     # Trainer's loader is given this sampler by accelerate; made here, because its own is split over processes.
     sampler = SeedableRandomSampler(prepared.train, generator=torch.Generator(), data_seed=seed)
     return DataLoader(prepared.train, batch_size=batch_size, sampler=sampler, collate_fn=prepared.collator)
+
+
+def scoring_batches(rows: "Dataset", collator: Collator, count: int, seed: int) -> list[dict[str, Any]]:
+    """Batches of validation rows for a schedule that scores, drawn by the seed, the same in every process.
+
+    Args:
+        rows: tokenized validation rows.
+        collator: makes a batch of rows.
+        count: how many rows; all where there are fewer.
+        seed: the run's seed.
+    """
+    import torch
+
+    from rankwise.linalg.random import generator
+
+    drawn = torch.randperm(len(rows), generator=generator(seed, "scored validation rows"))[:count].tolist()
+    chosen = [rows[index] for index in drawn]
+    return [collator(chosen[start : start + SCORED_AT_ONCE]) for start in range(0, len(chosen), SCORED_AT_ONCE)]
 
 
 def refuse_unlabeled(counts: Mapping[str, RowCounts], config: RunConfig) -> None:

@@ -17,7 +17,16 @@ from rankwise.errors import CheckpointError, HealthError, TrainingInterrupted, V
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
 from rankwise.workflows.events import Listener, Note, PlanReady, Result, ignore
-from rankwise.workflows.job import TASK_TYPES, Job, Phases, attach_options, calibration, calibration_total, load_job
+from rankwise.workflows.job import (
+    TASK_TYPES,
+    Job,
+    Phases,
+    attach_options,
+    calibration,
+    calibration_total,
+    load_job,
+    validation_batches,
+)
 from rankwise.workflows.model_card import model_card
 from rankwise.workflows.quiet import log_as_notes, quiet_libraries
 from rankwise.workflows.recorder import Recorder
@@ -101,7 +110,7 @@ def _session(job: Job, claimed: Claim, given: RankPlan | None, phases: Phases, s
         _same_data(job, claimed.previous)
     if claimed.checkpoint is not None:
         with phases.phase("resume", f"Going on from {claimed.checkpoint.name}"):
-            session = resume(job.model, claimed.checkpoint)
+            session = resume(job.model, claimed.checkpoint, validation=validation_batches(job))
         if given is not None and given.ranks != session.plan.ranks:
             raise CheckpointError(
                 f"--plan: {claimed.folder} began with other ranks and goes on with them; leave --plan out, or start a "
@@ -115,6 +124,7 @@ def _session(job: Job, claimed: Claim, given: RankPlan | None, phases: Phases, s
             "lora_dropout": job.config.lora_dropout,
             "task_type": TASK_TYPES[job.config.task],
             "plan": given,
+            "validation": validation_batches(job),
         }
         if source is None:
             session = attach(job.model, **options)
