@@ -9,6 +9,7 @@ import torch
 
 from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.errors import RecipeError
+from rankwise.methods.ab_lora import ABLoRA
 from rankwise.methods.base import Method, Slot
 from rankwise.methods.ggpo import GGPO, MGPO
 from rankwise.methods.gora import GoRA
@@ -26,6 +27,7 @@ NEUTRAL: dict[str, Method] = {
     "gora": GoRA(gamma=0.0, r_min=4, r_max=4, rank_stabilized=False),
     "ggpo": GGPO(sigma=0.0),
     "mgpo": MGPO(rho=0.0),
+    "ab-lora": ABLoRA(rounds=0),
     "sora": SoRA(train_gates=False, gate_init="ones", threshold=0.0),
 }
 """Settings under which a method is exactly plain LoRA; RoRA is so at rank 1 only."""
@@ -44,7 +46,10 @@ every_method = pytest.mark.parametrize("method_id", sorted(METHODS))
 
 
 def attached(methods: object, *, r: int = 4, seed: int = 0) -> Session:
-    return attach(tiny_llama(), methods, r=r, calibration=BATCHES, seed=seed)  # type: ignore[arg-type]
+    recipe = Recipe.of(methods)  # type: ignore[arg-type]
+    scores = recipe.schedule is not None and recipe.schedule.needs_validation
+    validation = BATCHES if scores else None
+    return attach(tiny_llama(), recipe, r=r, calibration=BATCHES, seed=seed, validation=validation)
 
 
 def trajectory(session: Session, steps: int = 2) -> list[torch.Tensor]:

@@ -64,6 +64,7 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "lora-pro": ("lora-pro",),
     "lora-pro full": (method_from_id("lora-pro", {"mode": "full"}),),
     "lora-rite": ("lora-rite",),
+    "ab-lora": (method_from_id("ab-lora", {"prune_per_round": 3, "sequences": 6}),),
     "sora": (method_from_id("sora", {"target_density": 0.5}),),
     "ggpo": ("ggpo",),
     "mgpo": ("mgpo",),
@@ -91,7 +92,24 @@ def new_session(job: Job) -> Session:
     if recipe.needs_gradients:
         batches = [causal_batch(seed) for seed in range(3)]
         return attach(tiny_llama(), recipe, r=4, lora_dropout=job.dropout, calibration=batches)
-    return attach(tiny_llama(), recipe, r=4, lora_dropout=job.dropout, target_modules=["q_proj", "v_proj", "up_proj"])
+    return attach(
+        tiny_llama(),
+        recipe,
+        r=4,
+        lora_dropout=job.dropout,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        validation=validation_of(job),
+    )
+
+
+def validation_of(job: Job) -> list[Any] | None:
+    """What a schedule scores on; None where none scores."""
+    owner = recipe_of(job).schedule
+    return [causal_batch(seed, rows=3) for seed in (40, 41)] if owner is not None and owner.needs_validation else None
+
+
+def resumed_session(job: Job, checkpoint: Path) -> Session:
+    return resume(tiny_llama(), checkpoint, validation=validation_of(job))
 
 
 def factors(session: Session) -> dict[str, Tensor]:
@@ -107,7 +125,7 @@ def run(job: Job, before: Callable[[], None] | None = None) -> None:
         before()
     torch.set_num_threads(1)
     checkpoint = last_complete_checkpoint(job.folder)
-    session = new_session(job) if checkpoint is None else resume(tiny_llama(), checkpoint)
+    session = new_session(job) if checkpoint is None else resumed_session(job, checkpoint)
     LOOPS[job.loop](job, session, checkpoint)
     save_file(factors(session), Path(job.folder) / "final.safetensors")
 

@@ -35,6 +35,7 @@ RATES = {
     "lora-ga lora-pro": 1e-2,
     "gora ggpo": 2e-2,
     "rora mgpo": 2e-2,
+    "ab-lora": 2e-2,
     "sora": 5e-2,
 }
 """By recipe, a rate at which the rule of the rows is learned in a few steps."""

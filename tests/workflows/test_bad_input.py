@@ -169,6 +169,11 @@ def test_an_argument_that_the_library_refuses(classification: MakeConfig) -> Non
     refused(classification, ConfigError, "training: ", training={"save_strategy": "best"})
 
 
+def test_ranks_scored_on_validation_rows_that_are_not_there(classification: MakeConfig) -> None:
+    message = "data.validation: ab-lora scores ranks on validation rows, and the run has none"
+    refused(classification, ConfigError, message, method="ab-lora")
+
+
 def test_a_run_that_is_all_warm_up(classification: MakeConfig) -> None:
     message = "training.warmup_steps: 0.03 makes 1 warm-up steps of the run's 1"
     refused(classification, ConfigError, message, method="lora", training={"max_steps": 1})

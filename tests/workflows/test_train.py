@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rankwise.errors import CheckpointError, ConfigError, HealthError, OutputError, TrainingInterrupted
+from rankwise.methods.ab_lora import ABLoRASchedule
 from rankwise.ranks.plan import RankPlan
 from rankwise.workflows.config import RunConfig
-from rankwise.workflows.events import Event, Metrics, Note, PhaseProgress, PhaseStarted, PlanReady, Result
+from rankwise.workflows.events import CostReady, Event, Metrics, Note, PhaseProgress, PhaseStarted, PlanReady, Result
 from rankwise.workflows.plan import plan
 from rankwise.workflows.quiet import log_as_notes
 from rankwise.workflows.train import train
@@ -183,6 +184,56 @@ def test_sora_drops_ranks_tells_each_change_and_leaves_a_plain_adapter(classific
     assert (result.folder / "checkpoint-3").is_dir(), "a checkpoint at the end of the first stage"
     assert [event.text for event in events if isinstance(event, Note) and "2 stages" in event.text]
     assert all("lora_A" in name or "lora_B" in name for name in adapter(result.folder) if "layer" in name)
+
+
+def test_ab_lora_moves_ranks_by_validation_rows_and_leaves_a_plain_adapter(classification: MakeConfig) -> None:
+    training = {"max_steps": 12, "learning_rate": 5e-2}
+    options = {"method": "ab-lora", "data": {"validation": 0.25}, "training": training}
+    told: list[Event] = []
+    plan(classification(**options), told.append)
+    assert [
+        event.text for event in told if isinstance(event, Note) and "4 rounds, after steps 2, 3, 4, 5" in event.text
+    ]
+    costs = [event.cost for event in told if isinstance(event, CostReady)]
+    assert costs[0]["event_seconds"] > 0
+    result = train(classification(**options))
+    changes = lines(result.folder / "ranks.jsonl")
+    rounds = [line for line in changes if "layer" not in line]
+    assert [line["step"] for line in rounds] == [2, 3, 4, 5]
+    ranks = dict(RankPlan.load(result.folder / "plan.json").ranks)
+    for line in changes:
+        if "layer" in line:
+            assert len(line["detail"]["drop"]) == len(line["detail"]["solo"]) == line["from"] == ranks[line["layer"]]
+            ranks[line["layer"]] = line["to"]
+    manifest = json.loads((result.folder / "rankwise.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["export"]["verification"]["logit_error"] <= 1e-5
+    assert set(ranks.values()) != {2}
+    uniform = adapter(result.folder)
+    assert {min(tensor.shape) for name, tensor in uniform.items() if "layer" in name} == {max(ranks.values())}
+
+
+def test_ab_loras_rounds_that_are_prevented_end_the_run_with_exit_code_3(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ABLoRASchedule, "_round", lambda self, step: None)
+    monkeypatch.setattr(ABLoRASchedule, "after_step", lambda self, step: None)
+    config = classification(method="ab-lora", data={"validation": 0.25}, training={"max_steps": 12})
+    with pytest.raises(HealthError, match="ab-lora made 0 of its 4 rounds in 12 steps") as caught:
+        train(config)
+    assert caught.value.exit_code == 3
+    assert json.loads((config.folder / "rankwise.json").read_text())["status"] == "failed"
+    assert not (config.folder / "adapter_model.safetensors").exists()
+
+
+def test_the_papers_rounds_count_the_epochs_of_the_runs_own_rows(classification: MakeConfig) -> None:
+    options = {"method": "ab-lora", "preset": "paper", "data": {"validation": 0.25}}
+    training = {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 2}
+    with pytest.raises(ConfigError, match=r"8 rounds of 0\.25 take 27 steps of the run's 18"):
+        train(classification(**options, training=training))
+    events: list[Event] = []
+    plan(classification(**options, training={**training, "num_train_epochs": 3}), events.append)
+    assert [event.text for event in events if isinstance(event, Note) and "after steps 9, 11, 14, 16" in event.text]
 
 
 def test_a_composition_that_is_cut_short_goes_on_as_if_nothing_had_happened(causal: MakeConfig, tmp_path: Path) -> None:

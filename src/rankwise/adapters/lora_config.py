@@ -44,7 +44,7 @@ def native_config(
     sizes = {layer.name: built[layer.name] for layer in layers}
     uneven = {name: size for name, size in sizes.items() if size != plan.r}
     alphas = {}
-    for name, size in uneven.items():
+    for name, size in sizes.items():
         divisor, scaling = math.sqrt(size) if rule.rank_stabilized else float(size), plan.scaling(name)
         if scaling != plan.lora_alpha / divisor:
             alphas[anchored(name)] = scaling * divisor

@@ -108,7 +108,11 @@ class ABLoRA(Method):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {"budget": "ranks", "rounds": 8, "warmup_epochs": 1.0, "round_epochs": 0.25, "sequences": 32}
     }
-    needs_validation: ClassVar[bool] = True
+
+    @property
+    def needs_validation(self) -> bool:
+        """True, unless no rank ever moves."""
+        return not self.neutral
 
     @property
     def scored_rows(self) -> int:
@@ -428,7 +432,7 @@ class ABLoRASchedule(SteadyRanks):
         masks = {name: layer.lora_A.detach().any(dim=1).float() for name, layer in self._layers.items()}
         self._start_ranks = int(sum(mask.sum() for mask in masks.values()))
         self._prunes = method.prunes(list(masks), self._start_ranks)
-        self._groups = row_groups(labelled(scene, method.id), method.sequences)
+        self._groups = [] if method.neutral else row_groups(labelled(scene, method.id), method.sequences)
         self._gates = RankGates(scene.model, self._layers, masks)
         self._start_parameters = self._live_parameters()
         self._ablation = Ablation(
@@ -436,8 +440,9 @@ class ABLoRASchedule(SteadyRanks):
         )
         self._optimizer: Optimizer | None = None
         self._steps: tuple[int, ...] | None = None
-        self._step = self._next = self._lost = self._lost_in_a_row = 0
+        self._begun = self._step = self._next = self._lost = self._lost_in_a_row = 0
         self._moved = False
+        self._fresh: Mapping[str, Sequence[int]] = {}
         self._events: list[RankEvent] = []
 
     def begin(self, optimizer: Optimizer, max_steps: int) -> None:
@@ -462,7 +467,9 @@ class ABLoRASchedule(SteadyRanks):
             self._ablation.prepare(self._groups[0][0])
 
     def before_step(self, step: int) -> None:
-        """Nothing."""
+        """Notes that a step begins; a round that its end does not bring is a fault."""
+        self._begun = step
+        self._fresh = {}
 
     def before_optimizer_step(self, step: int) -> None:
         """Nothing."""
@@ -479,11 +486,21 @@ class ABLoRASchedule(SteadyRanks):
             self._next += 1
 
     def end(self, step: int) -> None:
-        """Notes the rounds that the run ended before."""
-        if self._steps and self._next < len(self._steps):
-            reason = f"the run ended after step {step}, before {len(self._steps) - self._next} of its rounds"
-            logger.warning("ab-lora: %s; the adapter has the ranks that are live", reason)
-            self._events.append(RankEvent(step=step, kind="unfinished", ranks={}, reason=reason))
+        """Notes the rounds that the run ended before, and takes ranks off that no step has trained since they came."""
+        if not self._steps or self._next == len(self._steps):
+            return
+        reason = f"the run ended after step {step}, before {len(self._steps) - self._next} of its rounds"
+        logger.warning("ab-lora: %s; the adapter has the ranks that are live", reason)
+        fresh = self._fresh
+        for name, slots in fresh.items():
+            self._switch(name, slots, on=False)
+            clear_slots(self._optimizer, self._layers[name], slots)
+        live = self.live_ranks()
+        if fresh:
+            reason += f"; {sum(map(len, fresh.values()))} new ranks that no step had trained are off again"
+        self._events.append(
+            RankEvent(step=step, kind="unfinished", ranks={name: live[name] for name in fresh}, reason=reason)
+        )
 
     # Algorithm 1, one pass of the loop.
     def _round(self, step: int) -> None:
@@ -500,7 +517,7 @@ class ABLoRASchedule(SteadyRanks):
         for name, lost in pruned.items():
             self._switch(name, lost, on=False)
             clear_slots(self._optimizer, self._layers[name], lost)
-        added = self._grow(values, pruned)
+        added = self._fresh = self._grow(values, pruned)
         self._assert_equal()
         self._events.append(self._event(step, scores, values, pruned, added))
 
@@ -675,9 +692,16 @@ class ABLoRASchedule(SteadyRanks):
         return tuple(f"ab-lora: {text}" for text in self._ablation.remarks)
 
     def fault(self) -> ScheduleFault | None:
-        """Rounds that were due and changed nothing."""
-        if not self._steps or not self._step >= self._steps[0]:
+        """Rounds that never came, or changed nothing."""
+        if not self._steps:
             return None
+        due = sum(step <= self._begun for step in self._steps)
+        if self._next < max(1, due):
+            return ScheduleFault(
+                f"ab-lora made {self._next} of its {len(self._steps)} rounds in {self._begun} steps, and "
+                + (f"{due} were due" if due else f"the first comes after step {self._steps[0]}: this is plain LoRA"),
+                "train with the session's callback, for as many steps as the trainer was told",
+            )
         if self._next == self._lost:
             return ScheduleFault(
                 f"none of ab-lora's {self._next} rounds could score a rank: the validation loss was not finite",

@@ -147,8 +147,11 @@ class Method:
     """Whether the trainer must not clip gradients, because the method clips what is invariant by itself."""
     leaner: ClassVar[str] = ""
     """What to set where `state_bytes` does not fit, in the user's words ("lora-pro.mode: efficient")."""
-    needs_validation: ClassVar[bool] = False
-    """Whether the schedule scores on validation batches, which `attach` must then be given."""
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the schedule scores on validation batches, which `attach` must then be given."""
+        return False
 
     @property
     def scored_rows(self) -> int:
