@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.errors import RecipeError
@@ -45,11 +46,11 @@ NEVER_NEUTRAL = {
 every_method = pytest.mark.parametrize("method_id", sorted(METHODS))
 
 
-def attached(methods: object, *, r: int = 4, seed: int = 0) -> Session:
+def attached(methods: object, *, r: int = 4, seed: int = 0, model: PreTrainedModel | None = None) -> Session:
     recipe = Recipe.of(methods)  # type: ignore[arg-type]
     scores = recipe.schedule is not None and recipe.schedule.needs_validation
     validation = BATCHES if scores else None
-    return attach(tiny_llama(), recipe, r=r, calibration=BATCHES, seed=seed, validation=validation)
+    return attach(model or tiny_llama(), recipe, r=r, calibration=BATCHES, seed=seed, validation=validation)
 
 
 def trajectory(session: Session, steps: int = 2) -> list[torch.Tensor]:
@@ -159,7 +160,7 @@ def test_a_method_composes_with_every_method_or_says_why_not(method_id: str) -> 
 def test_the_budget_holds_and_the_base_is_not_written(method_id: str) -> None:
     model = tiny_llama()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    session = attach(model, method_id, r=4, calibration=BATCHES)
+    session = attached(method_id, model=model)
     assert session.plan.parameters <= session.plan.budget
     assert session.plan.methods == (method_id,)
     base = session.model.get_base_model()
