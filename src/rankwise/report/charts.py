@@ -14,10 +14,18 @@ from markupsafe import Markup
 from rankwise.report.svg import frame, level, node, thin, ticks
 from rankwise.report.words import figure, shortened
 
-__all__ = ["KIND_COLORS", "Line", "importance_bars", "line_chart", "stacked_bar"]
+__all__ = ["KIND_COLORS", "Line", "Picture", "importance_bars", "line_chart", "stacked_bar"]
 
 KIND_COLORS = 8
 """Colors that tell kinds apart; the last one stands for the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A chart with its caption."""
+
+    caption: str
+    chart: Markup
 
 
 def importance_bars(identity: str, title: str, bars: Sequence[tuple[str, float, int]]) -> Markup:
