@@ -82,7 +82,7 @@ class Line:
 
 
 _WIDTH, _HEIGHT = 480.0, 252.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 28.0, 36.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 24.0, 28.0, 36.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def small_map(
     if panel.rows != (None,):
         shapes += drawing.blocks()
         height += 18
-    right = max(drawing.x(len(panel.rows)), len(heading) * _LETTER + 8)
+    right = max(drawing.x(len(panel.rows)) + 6, len(heading) * _LETTER + 8)
     style = f"min-width:{right * 0.85:.0f}px;max-width:{right * 1.15:.0f}px"
     return frame(identity, title, drawing.in_words(), right, height, *shapes, style=style)
 
