@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from rankwise.ranks.plan import RankPlan
 from rankwise.report.report import write_report
-from tests.report import sample
+from tests.report import events, sample
 
 pytestmark = pytest.mark.browser
 
@@ -80,11 +80,18 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*PLANS, "failed"])
+SCHEDULED = {"sora": "llama", "ab-lora": "t5", "beamlora": "bert", "xgblora": "t5"}
+"""Runs whose schedule acted, and the plan that each began with."""
+
+
+@pytest.fixture(scope="module", params=[*PLANS, "failed", *SCHEDULED])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RankPlan, Path]:
-    plan = PLANS.get(request.param, PLANS["bert"])
+    plan = PLANS[SCHEDULED.get(request.param, request.param if request.param in PLANS else "bert")]
     status = "failed" if request.param == "failed" else "finished"
-    return plan, write_report(sample.write_run(tmp_path_factory.mktemp(request.param), plan, status))
+    folder = sample.write_run(tmp_path_factory.mktemp(request.param), plan, status)
+    if request.param in SCHEDULED:
+        sample.write_lines(folder / "ranks.jsonl", events.SCHEDULES[request.param](plan))
+    return plan, write_report(folder)
 
 
 def opened(page: Page, path: Path) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.report import events, sample
 
 VERBS = ("demo", "plan", "train", "export", "check", "report", "methods")
 
@@ -99,3 +100,18 @@ def test_a_plan_that_cannot_be_written_is_exit_2_before_anything_is_read(tmp_pat
     assert "error: --output: " in done.stderr
     assert "file is a file; name a folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_report_prints_its_place_alone_on_stdout_and_the_course_of_the_ranks_on_stderr(tmp_path: Path) -> None:
+    plan = sample.uneven_plan(sample.bert_shapes())
+    sample.write_run(tmp_path, plan)
+    sample.write_lines(tmp_path / "ranks.jsonl", events.sora(plan, events=2))
+    live = sum(plan.ranks.values())
+    done = rankwise("report", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'report.html'}\n"
+    assert "2 events from step 40 to step 48" in done.stderr
+    told = json.loads(rankwise("report", str(tmp_path), "--json").stdout)
+    assert (told["report"], told["events"]) == (str(tmp_path / "report.html"), 2)
+    assert told["live_ranks"] == {"start": live, "end": live - 24}
+    assert told["parameters"]["start"] == plan.parameters > told["parameters"]["end"]

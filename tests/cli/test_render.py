@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from tests.report import sample
+from tests.report import events, sample
 
 from rankwise.cli import render
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape
+from rankwise.report.files import Manifest, RankChange, Run, gathered
 
 BERT = sample.uneven_plan(sample.bert_shapes())
 LLAMA = sample.uneven_plan(sample.llama_shapes(), model="Llama-3.1-8B")
@@ -66,7 +67,17 @@ COST = {
     "seconds": 130.0,
     "overhead": 1.585,
 }
+
+
+def run_of(plan: RankPlan | None, lines: list[events.Line], status: str = "finished") -> Run:
+    manifest = Manifest.model_validate({"format": "rankwise-run", "version": 1, "status": status})
+    changes = gathered(RankChange.model_validate(line) for line in lines)
+    return Run(manifest=manifest, plan=plan, metrics=(), events=changes, health=None)
+
+
 VIEWS = {
+    "course": render.course_view(run_of(BERT, events.ab_lora(BERT))),
+    "course without events": render.course_view(run_of(LLAMA, [])),
     "cost": render.cost_view(COST),
     "plan": render.plan_view(BERT),
     "large plan": render.plan_view(LLAMA),
@@ -312,3 +323,20 @@ def test_a_plan_over_its_budget_says_so_beside_the_bar():
     over = replace(BERT, budget=BERT.parameters * 4 // 5, overspend_allowed=True)
     assert re.search(r"125\.0%.*over budget by 25\.0%", printed(render.plan_summary(over), 160))
     assert "over budget" not in printed(render.plan_summary(BERT), 160)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_course_says_how_many_events_there_were_and_both_ends(width: int) -> None:
+    lines = events.sora(BERT, events=3)
+    text = printed(render.course_view(run_of(BERT, lines, "interrupted")), width)
+    live = sum(BERT.ranks.values())
+    assert "3 events from step 40 to step 56: 3 prune" in " ".join(text.split())
+    assert re.search(
+        rf"start +so far\s+live ranks +{live} +{live - 36}\s+parameters +{BERT.parameters:,} +[\d,]+", text
+    )
+    assert "end" in printed(VIEWS["course"], width)
+
+
+def test_a_course_without_events_or_a_plan_says_so() -> None:
+    assert "No event: the ranks are those of the plan throughout." in printed(VIEWS["course without events"])
+    assert "There is no plan yet." in printed(render.course_view(run_of(None, [])))

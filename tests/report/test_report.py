@@ -114,13 +114,13 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     checks = [{"id": evil, "stage": "during", "status": "failed", "measured": evil, "message": evil, "advice": evil}]
     health = {"format": "rankwise-health", "version": 1, "status": "failed", "checks": checks}
     sample.write_json(tmp_path / "health.json", health)
-    sample.write_lines(
-        tmp_path / "ranks.jsonl", [{"step": 1, "layer": shapes[0].name, "from": 4, "to": 3, "reason": evil}]
-    )
+    about = {"step": 1, "kind": evil, "reason": evil}
+    change = about | {"layer": shapes[0].name, "from": 4, "to": 3, "detail": {evil: evil}}
+    sample.write_lines(tmp_path / "ranks.jsonl", [about | {"figures": {evil: 1.0}}, change])
     page = report(tmp_path)
     assert not list(page.all("script"))
     assert sum(1 for _ in page.all("style")) == 1
-    assert sum(evil in text for text in page.texts) >= 15
+    assert sum(evil in text for text in page.texts) >= 20
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])

@@ -14,11 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.render_plan import cost_view, frameless, plan_summary, plan_view
+from rankwise.report.files import Run
+from rankwise.report.summary import events_sentence, live_totals, rank_sentence
 from rankwise.report.words import facts, figure, plain, with_verification
 
 __all__ = [
     "audit_view",
     "cost_view",
+    "course_view",
     "demo_view",
     "export_view",
     "health_view",
@@ -185,6 +188,23 @@ def result_view(folder: Path, figures: Values, report: Path | None) -> Renderabl
     """
     places = {"adapter": str(folder), "report": str(report) if report else "not written"}
     return Group(_fact_grid(dict(figures)), _fact_grid(places))
+
+
+def course_view(run: Run) -> RenderableType:
+    """What became of a run's ranks: the events, and the live ranks and parameters at the start and at the end.
+
+    Args:
+        run: the files of a run; one without a plan has nothing to show.
+    """
+    if run.plan is None:
+        return Text("There is no plan yet.")
+    ranks = Text(rank_sentence(run.plan, run.final_ranks))
+    if not run.events:
+        return Group(ranks, Text(events_sentence(run)))
+    table = frameless("", ">start", ">end" if run.manifest.status == "finished" else ">so far")
+    for name, totals in live_totals(run).items():
+        table.add_row(name, *map(figure, totals))
+    return Group(ranks, Text(events_sentence(run)), table)
 
 
 def demo_view(result: Values) -> RenderableType:

@@ -14,10 +14,18 @@ from markupsafe import Markup
 from rankwise.report.svg import frame, level, node, thin, ticks
 from rankwise.report.words import figure, shortened
 
-__all__ = ["KIND_COLORS", "Line", "importance_bars", "line_chart", "stacked_bar"]
+__all__ = ["KIND_COLORS", "Line", "Picture", "importance_bars", "line_chart", "stacked_bar"]
 
 KIND_COLORS = 8
 """Colors that tell kinds apart; the last one stands for the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A chart with its caption."""
+
+    caption: str
+    chart: Markup
 
 
 def importance_bars(identity: str, title: str, bars: Sequence[tuple[str, float, int]]) -> Markup:
@@ -74,7 +82,7 @@ class Line:
 
 
 _WIDTH, _HEIGHT = 480.0, 252.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 28.0, 36.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 24.0, 28.0, 36.0
 
 
 @dataclass(frozen=True, slots=True)

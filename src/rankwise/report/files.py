@@ -1,7 +1,7 @@
 """What a run left behind, read from its folder and checked; the formats are those of docs/architecture.md."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from rankwise.errors import ArtifactError, PlanError
 from rankwise.ranks.plan import RankPlan
 
-__all__ = ["Health", "HealthLine", "Manifest", "Metric", "RankChange", "Run", "read_run"]
+__all__ = ["Health", "HealthLine", "Manifest", "Metric", "RankChange", "RankEvent", "Run", "gathered", "read_run"]
 
 _Json = dict[str, JsonValue]
 
@@ -57,6 +57,17 @@ class Metric(_Record):
     grad_norm: float | None = None
     seconds: float | None = None
 
+    @property
+    def more(self) -> Mapping[str, float]:
+        """The figures of other names: what a schedule said of itself."""
+        found = {}
+        for key, value in (self.model_extra or {}).items():
+            try:
+                found[key] = float(value)
+            except (TypeError, ValueError):
+                continue
+        return found
+
 
 class RankChange(_Record):
     """One line of ranks.jsonl: an event as a whole (no layer, figures), or what it did to one layer."""
@@ -69,6 +80,27 @@ class RankChange(_Record):
     reason: str = ""
     figures: dict[str, float] = Field(default_factory=dict)
     detail: JsonValue = None
+
+    @property
+    def moved(self) -> bool:
+        """Whether the layer's rank changed; else it was measured, or a rank became a copy of another."""
+        return self.from_ != self.to
+
+
+@dataclass(frozen=True, slots=True)
+class RankEvent:
+    """What a schedule did at one step: the event's own line, and a line for each layer that it changed or measured."""
+
+    step: int
+    kind: str
+    reason: str
+    figures: Mapping[str, float]
+    layers: tuple[RankChange, ...]
+
+    @property
+    def moved(self) -> tuple[RankChange, ...]:
+        """The lines of the layers whose rank changed."""
+        return tuple(line for line in self.layers if line.moved)
 
 
 class HealthLine(_Record):
@@ -99,20 +131,42 @@ class Run:
     manifest: Manifest
     plan: RankPlan | None
     metrics: tuple[Metric, ...]
-    changes: tuple[RankChange, ...]
-    events: tuple[RankChange, ...]
+    events: tuple[RankEvent, ...]
     health: Health | None
 
     @property
-    def final_ranks(self) -> Mapping[str, int]:
-        """The rank of every layer after the last change."""
+    def changes(self) -> tuple[RankChange, ...]:
+        """The changes of single layers' ranks, in their order."""
+        return tuple(line for event in self.events for line in event.moved)
+
+    @property
+    def boosted(self) -> bool:
+        """Whether the run trained in rounds whose boosters add up (XGBLoRA): its ranks begin at 0, and may pass r."""
+        return any(event.kind == "round" for event in self.events)
+
+    @property
+    def start_ranks(self) -> Mapping[str, int]:
+        """The rank of every layer before the first event."""
         planned = self.plan.ranks if self.plan else {}
-        return planned | {change.layer: change.to for change in self.changes if change.layer in planned}
+        first: dict[str, int] = {}
+        for event in self.events:
+            for line in event.layers:
+                first.setdefault(line.layer, line.from_)
+        return {name: first.get(name, 0 if self.boosted else rank) for name, rank in planned.items()}
+
+    @property
+    def final_ranks(self) -> Mapping[str, int]:
+        """The rank of every layer after the last event."""
+        last = {line.layer: line.to for event in self.events for line in event.layers}
+        return {name: last.get(name, rank) for name, rank in self.start_ranks.items()}
 
     @property
     def parameters(self) -> int:
-        """The live lora_A and lora_B parameters after the last change."""
-        ranks = self.final_ranks
+        """The live lora_A and lora_B parameters after the last event."""
+        return self.parameters_of(self.final_ranks)
+
+    def parameters_of(self, ranks: Mapping[str, int]) -> int:
+        """The lora_A and lora_B parameters of these ranks, one for every layer of the plan."""
         return sum(ranks[layer.name] * layer.shape.cost for layer in self.plan.layers) if self.plan else 0
 
 
@@ -144,14 +198,35 @@ def read_run(folder: Path) -> Run:
                 "again into an empty folder"
             )
     health = folder / "health.json"
-    changes = _lines(RankChange, folder / "ranks.jsonl", whole=finished)
     return Run(
         manifest=manifest,
         plan=_plan(folder / "plan.json"),
         metrics=_lines(Metric, folder / "metrics.jsonl", whole=finished),
-        changes=tuple(change for change in changes if change.layer),
-        events=tuple(change for change in changes if not change.layer),
+        events=gathered(_lines(RankChange, folder / "ranks.jsonl", whole=finished)),
         health=_parse(Health, _text(health), str(health)) if health.is_file() else None,
+    )
+
+
+def gathered(lines: Iterable[RankChange]) -> tuple[RankEvent, ...]:
+    """Each event with the layers that follow it.
+
+    Layers that follow no event of their step, kind and reason (the best checkpoint's ranks, taken back) are an event
+    of their own.
+
+    Args:
+        lines: the lines of ranks.jsonl, in their order.
+    """
+    found: list[tuple[RankChange, list[RankChange]]] = []
+    for line in lines:
+        if not line.layer:
+            found.append((line, []))
+            continue
+        about = found[-1][0] if found else None
+        if about is None or (about.step, about.kind, about.reason) != (line.step, line.kind, line.reason):
+            found.append((line, []))
+        found[-1][1].append(line)
+    return tuple(
+        RankEvent(about.step, about.kind, about.reason, about.figures, tuple(layers)) for about, layers in found
     )
 
 

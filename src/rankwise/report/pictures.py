@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from markupsafe import Markup
-
 from rankwise.ranks.plan import LayerPlan, RankPlan
-from rankwise.report.charts import KIND_COLORS, Line, importance_bars, line_chart, stacked_bar
+from rankwise.report.charts import KIND_COLORS, Line, Picture, importance_bars, line_chart, stacked_bar
+from rankwise.report.course import moments
 from rankwise.report.files import Metric, Run
 from rankwise.report.grid import arrange, headings
 from rankwise.report.heat_map import heat_map
@@ -18,7 +17,6 @@ from rankwise.report.words import duration, figure
 
 __all__ = [
     "Part",
-    "Picture",
     "curves",
     "importance_section",
     "rank_section",
@@ -53,14 +51,6 @@ _CURVES: Mapping[str, tuple[_Curve, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A chart with its caption."""
-
-    caption: str
-    chart: Markup
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """One piece of a stacked bar, with the color it has there."""
 
@@ -79,6 +69,8 @@ def rank_section(run: Run) -> dict[str, object] | None:
     values = [final[layer.name] for layer in plan.layers]
     hints = {layer.name: _hint(plan, layer, final[layer.name]) for layer in plan.layers}
     panels = arrange(layer.name for layer in plan.layers)
+    # One color scale with the pictures of the ranks before: an end that reads like a start would tell nothing.
+    values += [rank for moment in moments(run) for rank in moment.ranks.values()]
     scale = (float(min(values)), float(max(values)))
     maps = [
         Picture(
@@ -107,6 +99,7 @@ def rank_section(run: Run) -> dict[str, object] | None:
         "over": max(0.0, spent / max(1, plan.budget) - 1),
         "rows": [(layer, final[layer.name], plan.scaling(layer.name)) for layer in plan.layers],
         "changed": bool(run.changes),
+        "boosted": run.boosted,
         "notes": plan.notes,
     }
 

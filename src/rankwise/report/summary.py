@@ -1,13 +1,15 @@
-"""A rank plan in few words: what each kind of layer got, and the extremes."""
+"""A rank plan, and how its ranks moved, in few words: what each kind of layer got, the extremes, the events."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rankwise.ranks.plan import LayerPlan, RankPlan
+from rankwise.report.files import RankEvent, Run
 from rankwise.report.grid import OUTSIDE, Panel, arrange, headings
+from rankwise.report.words import figure
 
-__all__ = ["Share", "kind_shares", "places", "rank_sentence"]
+__all__ = ["Share", "events_sentence", "kind_shares", "layers_moved", "live_totals", "places", "rank_sentence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +73,38 @@ def places(panels: tuple[Panel, ...]) -> dict[str, str]:
         for panel, heading in zip(panels, headings(panels), strict=True)
         for (row, kind), name in panel.cells.items()
     }
+
+
+def events_sentence(run: Run) -> str:
+    """How many events a run had, of which kinds, from when to when; how many layers are lower and higher by then."""
+    if not run.events:
+        return "No event: the ranks are those of the plan throughout."
+    kinds = Counter(event.kind or "change" for event in run.events)
+    steps = [event.step for event in run.events]
+    count = f"{figure(len(run.events))} event{'s' if len(run.events) > 1 else ''}"
+    told = ", ".join(f"{figure(number)} {kind}" for kind, number in kinds.items())
+    first, last = figure(min(steps)), figure(max(steps))
+    when = f"at step {first}" if first == last else f"from step {first} to step {last}"
+    start, end = run.start_ranks, run.final_ranks
+    fell, rose = (sum(sign * (end[name] - rank) > 0 for name, rank in start.items()) for sign in (-1, 1))
+    became = " and ".join(f"{figure(number)} {word}" for number, word in ((fell, "lower"), (rose, "higher")) if number)
+    outcome = f"{became} than at the start, of {figure(len(start))} layers" if became else "no layer's rank changed"
+    return f"{count} {when}: {told}; {outcome}."
+
+
+def live_totals(run: Run) -> dict[str, tuple[int, int]]:
+    """All live ranks and lora_A and lora_B parameters, at the start and after the last event; empty without a plan."""
+    if run.plan is None:
+        return {}
+    start, end = run.start_ranks, run.final_ranks
+    return {
+        "live ranks": (sum(start.values()), sum(end.values())),
+        "parameters": (run.parameters_of(start), run.parameters_of(end)),
+    }
+
+
+def layers_moved(event: RankEvent) -> str:
+    """How many layers an event lowered, raised, and only measured."""
+    turns = Counter((line.to > line.from_) - (line.to < line.from_) for line in event.layers)
+    words = {-1: "lower", 1: "higher", 0: "at the same rank"}
+    return ", ".join(f"{figure(turns[turn])} {word}" for turn, word in words.items() if turns[turn]) or "none"

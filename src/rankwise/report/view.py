@@ -4,13 +4,18 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from rankwise.ranks.plan import RankPlan
-from rankwise.report.files import Manifest, Run
+from rankwise.report.course import course_gallery, driving_curves
+from rankwise.report.files import Manifest, RankChange, RankEvent, Run
 from rankwise.report.pictures import curves, importance_section, rank_section, time_section
+from rankwise.report.reasons import reason_galleries, told
+from rankwise.report.summary import events_sentence, layers_moved, live_totals
 from rankwise.report.words import duration, facts, figure, plain, with_verification
 
 __all__ = ["Card", "page"]
 
 _RESULT_CARDS = 3
+_MEASURED_SHOWN = 1000
+"""Lines of layers that kept their rank, in a page; ranks.jsonl has them all."""
 _STATUS = {
     "finished": ("✓", "good", "The run finished."),
     "running": ("…", "open", "The run is going on, or was killed before it could say otherwise."),
@@ -50,7 +55,7 @@ def page(run: Run) -> dict[str, object]:
         "importance": importance_section(run),
         "curves": curves(run.metrics),
         "health": run.health,
-        "changes": run.changes,
+        "course": _course(run),
         "export": _export(manifest),
         "result": facts(manifest.result or {}),
         "calibration": facts(manifest.calibration or {}),
@@ -59,6 +64,36 @@ def page(run: Run) -> dict[str, object]:
         "config": manifest.config,
         "setting": _setting(manifest, run.plan),
     }
+
+
+def _course(run: Run) -> dict[str, object] | None:
+    """The schedule's events, the ranks that they moved, and what moved them; None without events."""
+    if not run.events:
+        return None
+    measured = [line for event in run.events for line in event.layers if not line.moved]
+    return {
+        "sentence": events_sentence(run),
+        "totals": live_totals(run),
+        "end": "end" if run.manifest.status == "finished" else "so far",
+        "ranks": course_gallery(run),
+        "curves": driving_curves(run),
+        "reasons": reason_galleries(run),
+        "events": [_event_row(event) for event in run.events],
+        "changes": [_change_row(line) for line in run.changes],
+        "measured": [_change_row(line) for line in measured[:_MEASURED_SHOWN]],
+        "measured_in_all": len(measured),
+    }
+
+
+def _event_row(event: RankEvent) -> dict[str, object]:
+    # A name stays with its number where the line breaks.
+    figures = [f"{name} {text}".replace(" ", "\N{NO-BREAK SPACE}") for name, text in facts(event.figures)]
+    about = {"step": event.step, "kind": event.kind, "reason": event.reason}
+    return about | {"layers": layers_moved(event), "figures": ", ".join(figures)}
+
+
+def _change_row(line: RankChange) -> tuple[RankChange, str]:
+    return line, told(line)
 
 
 def _model_name(run: Run) -> str:
@@ -84,13 +119,11 @@ def _cards(run: Run) -> list[Card]:
         cards.append(Card(key.replace("_", " "), plain(result[key], key), note))
     if run.plan:
         spent, allowed = run.parameters, run.plan.budget
-        cards.append(
-            Card(
-                "parameters",
-                figure(spent),
-                f"{spent / allowed:.1%} of {figure(allowed)} (r\N{NO-BREAK SPACE}{run.plan.r})",
-            )
-        )
+        note = f"{spent / allowed:.1%} of {figure(allowed)} (r\N{NO-BREAK SPACE}{run.plan.r})"
+        if run.changes:
+            start, end = live_totals(run)["live ranks"]
+            note += f"; {figure(end)} live ranks, {figure(start)} at the start"
+        cards.append(Card("parameters", figure(spent), note))
     seconds = sum(value for value in run.manifest.timings.values() if value)
     if seconds:
         cards.append(Card("time", duration(seconds), f"{len(run.manifest.timings)} phases"))
