@@ -61,6 +61,7 @@ COST = {
     "micro_batches": 2,
     "micro_batch_seconds": 0.6,
     "optimizer_seconds": 0.1,
+    "event_seconds": 12.0,
     "plain_micro_batch_seconds": 0.4,
     "plain_optimizer_seconds": 0.02,
     "memory_bytes": 1_500_024_000,
@@ -291,7 +292,8 @@ def test_the_cost_says_how_a_step_compares_with_plain_lora_where_it_differs() ->
         in told
     )
     assert "Against" not in printed(render.cost_view({**COST, "overhead": 1.0}), 200)
-    assert "schedule" not in told
+    assert "schedule 0" not in told
+    assert "Between steps 12 s of it for the rounds of the schedule" in told
     more = " ".join(printed(render.cost_view({**COST, "schedule_bytes": 140, "base_copy_bytes": 9_000}), 200).split())
     assert "activation 500 MB, schedule 140 B, copy of the base on the CPU 9 kB)" in more
 
