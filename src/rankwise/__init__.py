@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rankwise.errors import TrainingInterrupted as TrainingInterrupted
     from rankwise.export.audit import check_folder as check_folder
     from rankwise.export.write import export_adapter as export_adapter
+    from rankwise.methods.beamlora import BeamLoRA as BeamLoRA
     from rankwise.methods.ggpo import GGPO as GGPO
     from rankwise.methods.ggpo import MGPO as MGPO
     from rankwise.methods.gora import GoRA as GoRA
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rankwise.training.state import resume as resume
 
 _HOMES = {
+    "BeamLoRA": "methods.beamlora",
     "Calibration": "training.calibrating",
     "GGPO": "methods.ggpo",
     "GoRA": "methods.gora",
