@@ -65,6 +65,7 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "lora-pro full": (method_from_id("lora-pro", {"mode": "full"}),),
     "lora-rite": ("lora-rite",),
     "sora": (method_from_id("sora", {"target_density": 0.5}),),
+    "beamlora": (method_from_id("beamlora", {"reset_every": 3, "cumsum_threshold": 0.8}),),
     "ggpo": ("ggpo",),
     "mgpo": ("mgpo",),
     "gora lora-rite": ("gora", "lora-rite"),
