@@ -154,6 +154,24 @@ def test_a_loop_that_forgets_the_ends_of_steps_fails() -> None:
         session.end(10)
 
 
+def test_a_layer_whose_gradient_is_not_finite_sits_the_step_out_with_its_scores() -> None:
+    session = session_of()
+    schedule: Any = session.schedule
+    optimizer, _ = session.optimizers(arguments(), 10)
+    session.begin(optimizer, 10)
+    walk(session, optimizer, 1, 2)
+    before = {name: schedule.gates.value(name).detach().clone() for name in session.layers}
+    handle = session.layers[FIRST].lora_B.register_hook(lambda gradient: gradient * float("nan"))
+    walk(session, optimizer, 3, 3)
+    handle.remove()
+    still = [name for name, z in before.items() if torch.equal(schedule.gates.value(name), z)]
+    assert still == [FIRST]
+    walk(session, optimizer, 4, 10)
+    session.end(10)
+    assert [line["step"] for line in resets(session.drain_changes())] == [4]
+    assert session.health.gradients.skipped()[FIRST] == 1
+
+
 def test_trainers_own_adamw_moves_the_scores_too(tmp_path: Path) -> None:
     session = session_of()
     events: list[TrainingEvent] = []
