@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rankwise.export.audit import check_folder as check_folder
     from rankwise.export.write import export_adapter as export_adapter
     from rankwise.methods.ab_lora import ABLoRA as ABLoRA
+    from rankwise.methods.beamlora import BeamLoRA as BeamLoRA
     from rankwise.methods.ggpo import GGPO as GGPO
     from rankwise.methods.ggpo import MGPO as MGPO
     from rankwise.methods.gora import GoRA as GoRA
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ABLoRA": "methods.ab_lora",
+    "BeamLoRA": "methods.beamlora",
     "Calibration": "training.calibrating",
     "GGPO": "methods.ggpo",
     "GoRA": "methods.gora",

@@ -12,6 +12,7 @@ from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.errors import RecipeError
 from rankwise.methods.ab_lora import ABLoRA
 from rankwise.methods.base import Method, Slot
+from rankwise.methods.beamlora import BeamLoRA
 from rankwise.methods.ggpo import GGPO, MGPO
 from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
@@ -30,6 +31,7 @@ NEUTRAL: dict[str, Method] = {
     "mgpo": MGPO(rho=0.0),
     "ab-lora": ABLoRA(rounds=0),
     "sora": SoRA(train_gates=False, gate_init="ones", threshold=0.0),
+    "beamlora": BeamLoRA(train_scores=False, cumsum_threshold=1.0),
 }
 """Settings under which a method is exactly plain LoRA; RoRA is so at rank 1 only."""
 
@@ -42,6 +44,9 @@ NEVER_NEUTRAL = {
     "value of a decay, eps or limit turns the rank x rank root of the second moment into AdamW's element-wise one",
 }
 """Methods that are plain LoRA under no setting, and why."""
+
+SHORTEST = 4
+"""Steps of the shortest run in which every schedule acts under its defaults; a shorter one may be refused."""
 
 every_method = pytest.mark.parametrize("method_id", sorted(METHODS))
 
@@ -211,7 +216,7 @@ def test_a_few_steps_train_leave_the_base_alone_and_close_leaves_no_hook(method_
     session = attached(method_id)
     before = weights_fingerprint(session.model)
     hooked = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in session.model.modules()]
-    trajectory(session, 3)
+    trajectory(session, SHORTEST)
     assert session.health.status == "passed"
     assert weights_fingerprint(session.model) == before
     after = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in session.model.modules()]

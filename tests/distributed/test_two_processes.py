@@ -1,5 +1,6 @@
 """Two gloo processes hold one plan and agree with one process on the same global batches to 1e-5."""
 
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 SHARDABLE = ("gora lora-rite", "lora-ga lora-pro", "gora ggpo", "rora mgpo")
-COMPOSED = (*SHARDABLE, "ab-lora", "sora")
+COMPOSED = (*SHARDABLE, "ab-lora", "sora", "beamlora")
 ALONE = ("gora", "lora-ga", "lora-ga base", "lora-pro", "lora-pro full", "lora-rite", "ggpo", "mgpo")
 BY_UPDATE = ("gora lora-rite: ",)
 """Compared by the update alone: its size decides how RITE steps, and from a small lora_B (GoRA's) lora_A grows by what
@@ -107,3 +108,17 @@ def test_every_process_gets_the_verdict_of_the_one_export(tmp_path: Path):
     assert lines[0] == "True"
     assert len(lines) >= 3
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_m12_two_processes_agree_in_every_reset_of_beamlora_and_do_not_go_on_where_they_differ(tmp_path: Path):
+    """Masks, pairs, scores and weights are those of the other process, bit for bit."""
+    first, second = run(workers.resets, 2, tmp_path / "run")
+    told, other = (json.loads((tmp_path / "run" / f"told-{rank}.json").read_text()) for rank in range(2))
+    assert told == other
+    *lines, refusal = told
+    assert [line["step"] for line in lines if "layer" not in line] == [3, 6, 9]
+    copied = [line["detail"] for line in lines if "layer" in line]
+    assert any(len(detail["pruned"]) > 1 for detail in copied)
+    assert {name.partition(":")[0] for name in first} == {"3", "6", "9"}
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert "what beamlora's reset after step 12 goes by differs between processes" in refusal

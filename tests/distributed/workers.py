@@ -1,5 +1,6 @@
 """What each of several gloo processes does; the same code runs alone with a world of one."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -178,4 +179,49 @@ def export(rank: int, world: int, port: int, folder: str) -> None:
         except kind as error:
             found.append(str(error))
     (Path(folder) / f"verdict-{rank}").write_text("\n".join(found))
+    leave_world()
+
+
+def resets(rank: int, world: int, port: int, folder: str) -> None:
+    """BeamLoRA in a bare loop under DDP; what each reset decided and what it left, then one over scores that differ."""
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    from rankwise.errors import CalibrationError
+
+    join_world(rank, world, port)
+    job = Job(folder=folder, method="beamlora", dropout=0.0, steps=12, learning_rate=2e-2)
+    args = TrainingArguments(**{**trainer_arguments(job), "output_dir": folder})
+    accelerator = Accelerator(cpu=True)
+    session = new_session(job)
+    optimizer, scheduler = session.optimizers(args, job.steps)
+    model, optimizer = accelerator.prepare(session.model, optimizer)
+    model.train()
+    session.begin(optimizer, job.steps)
+    tokens = Rows(rows=4 * job.steps).tokens.reshape(job.steps, 4, -1)
+    kept: dict[str, torch.Tensor] = {}
+    told: list[Any] = []
+    for step in range(1, job.steps + 1):
+        mine = tokens[step - 1].reshape(world, 4 // world, -1)[rank]
+        session.before_step(step)
+        accelerator.backward(model(input_ids=mine, labels=mine).loss)
+        session.before_optimizer_step(step)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        session.after_step(step)
+        if changes := session.drain_changes():
+            told += changes
+            kept |= {f"{step}: {name}": value.clone() for name, value in factors(session).items()}
+    session.end(job.steps)
+    schedule: Any = session.schedule
+    if rank:
+        name = next(iter(session.layers))
+        schedule.gates.write(name, schedule.gates.value(name).detach() + torch.tensor([0.01, 0.0, 0.0, 0.0]))
+    try:
+        schedule._reset(job.steps, 0.5)
+    except CalibrationError as error:
+        told.append(str(error))
+    save_file(kept, Path(folder) / f"final-{rank}.safetensors")
+    (Path(folder) / f"told-{rank}.json").write_text(json.dumps(told))
     leave_world()

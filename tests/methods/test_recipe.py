@@ -172,6 +172,7 @@ def test_methods_that_do_not_go_together_are_refused_with_the_reason(methods: li
         [LORA_GA, GGPO],
         [GoRA(), coming("sora", Slot.SCHEDULE, plan_as_caps=True)],
         [method_from_id("lora-ga", {"offset": "none"}), SORA],
+        [method_from_id("lora-ga", {"offset": "none"}), BEAMLORA],
     ],
     ids=lambda methods: "+".join(method.id for method in methods),
 )
@@ -198,6 +199,7 @@ def test_methods_that_go_together_pass(methods: list[Method]) -> None:
         ([XGBLORA], Situation(deepspeed=1), "xgblora cannot train under DeepSpeed ZeRO-1"),
         ([AB_LORA], Situation(fsdp=True), "ab-lora cannot train under FSDP"),
         ([SORA], Situation(fsdp=True), "sora cannot train under FSDP"),
+        ([BEAMLORA], Situation(optim="adafactor"), "training.optim: adafactor: beamlora copies .*; use adamw_torch"),
         ([BEAMLORA], Situation(fsdp=True), r"beamlora cannot train under FSDP, .*\(DDP\), or use lora"),
         ([GA_BASE], Situation(quantized=True), "lora-ga.offset: base writes the base weights, which are packed"),
         ([GA_BASE], Situation(fsdp=True), "which FSDP shards; use offset: adapter"),

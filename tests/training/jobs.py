@@ -66,6 +66,7 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "lora-rite": ("lora-rite",),
     "ab-lora": (method_from_id("ab-lora", {"prune_per_round": 3, "sequences": 6}),),
     "sora": (method_from_id("sora", {"target_density": 0.5}),),
+    "beamlora": (method_from_id("beamlora", {"reset_every": 3, "cumsum_threshold": 0.8}),),
     "ggpo": ("ggpo",),
     "mgpo": ("mgpo",),
     "gora lora-rite": ("gora", "lora-rite"),

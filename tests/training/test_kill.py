@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.training.marker import checkpoint_step, complete_checkpoints, last_complete_checkpoint
+from rankwise.training.marker import checkpoint_step, complete_checkpoints, last_complete_checkpoint, read_marker
 from tests.training import sabotage
 from tests.training.children import finish, start, wait_for
 from tests.training.jobs import RECIPES, Job, final
@@ -88,6 +88,19 @@ def test_a_run_killed_from_outside_at_a_random_moment_ends_bit_equal(tmp_path: P
 def test_a_composition_killed_before_its_marker_ends_bit_equal(tmp_path: Path):
     job = replace(JOB, folder=str(tmp_path), method="gora lora-rite")
     assert finish(start(job, sabotage.before_the_marker)) == KILLED
+    assert finish(start(job)) == 0
+    assert_equal_bits(job)
+
+
+def test_a_run_killed_between_a_snapshot_and_its_reset_ends_bit_equal(tmp_path: Path):
+    """The checkpoint that goes on is that of step 2: it holds the past which the reset after step 3 copies from."""
+    job = replace(JOB, folder=str(tmp_path), method="beamlora")
+    assert finish(start(job, sabotage.before_the_marker)) == KILLED
+    checkpoint = last_complete_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint_step(checkpoint) == 2
+    values = read_marker(checkpoint)["schedule"]["values"]
+    assert (values["snapshot_step"], values["period"]) == (2, 3)
     assert finish(start(job)) == 0
     assert_equal_bits(job)
 

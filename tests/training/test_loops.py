@@ -37,6 +37,7 @@ RATES = {
     "rora mgpo": 2e-2,
     "ab-lora": 2e-2,
     "sora": 5e-2,
+    "beamlora": 5e-2,
 }
 """By recipe, a rate at which the rule of the rows is learned in a few steps."""
 OTHERS = [recipe for recipe in RATES if recipe != "gora"]

@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rankwise.errors import BudgetError, ConfigError, DataError, ModelError, PlanError, RankwiseError, TargetError
+from rankwise.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PlanError,
+    RankwiseError,
+    RecipeError,
+    TargetError,
+)
 from rankwise.workflows.plan import plan
 from rankwise.workflows.quiet import quiet_libraries
 from rankwise.workflows.train import train
@@ -106,6 +115,25 @@ def test_an_explicit_rank_above_a_layers_size(classification: MakeConfig) -> Non
 
 def test_a_budget_below_one_rank_a_layer(classification: MakeConfig) -> None:
     refused(classification, BudgetError, "r_min|budget", r=1, gora={"r_min": 2, "r_max": 4})
+
+
+def test_beamlora_at_rank_one_in_a_run_without_a_reset_or_with_an_optimizer_it_cannot_edit(
+    classification: MakeConfig,
+) -> None:
+    message = "r: 1: beamlora's score of a single rank is always 1"
+    refused(classification, ConfigError, message, method="beamlora", r=1)
+    message = "beamlora.reset_every: 2: .*a run of 3 steps has none; train for 4 steps or more"
+    refused(classification, ConfigError, message, method="beamlora", training={"max_steps": 3})
+    message = "training.optim: adafactor: beamlora copies and empties the moments of single ranks"
+    refused(classification, RecipeError, message, method="beamlora", training={"optim": "adafactor"})
+
+
+def test_beamlora_with_an_edited_plan_of_uneven_ranks(classification: MakeConfig, tmp_path: Path) -> None:
+    made = plan(classification(method="beamlora"))
+    first = next(iter(made.ranks))
+    made.with_ranks(made.ranks | {first: 1}).save(tmp_path / "plan.json")
+    message = f"one rank everywhere, and {first} has 1 and .* 2: give every layer the same rank"
+    refused(classification, ConfigError, message, method="beamlora", plan_file=tmp_path / "plan.json")
 
 
 def test_a_plan_file_for_another_model(classification: MakeConfig, causal: MakeConfig, tmp_path: Path) -> None:

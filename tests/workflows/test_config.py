@@ -100,7 +100,6 @@ def test_every_fault_of_a_file_is_reported_at_once_in_its_order_with_its_line(wr
         ("preset: offical", "preset: gora has no preset 'offical' (did you mean 'official'?)"),
         ("preset: 3", "preset: expected text, got 3"),
         ("method: gorra", "method: 'gorra' is not known (did you mean gora?)"),
-        ("method: beamlora", "method: beamlora (BeamLoRA, arXiv 2502.13604) is not yet in this version"),
         ("lora-ga: {direction: ArB}", "lora-ga.direction: expected one of ArB2r, A2rBr"),
         ("dtype: float16", "dtype: expected one of auto, float32 or bfloat16, got 'float16'"),
     ],

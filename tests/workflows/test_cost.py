@@ -120,6 +120,9 @@ def test_the_memory_of_a_schedule_and_of_a_base_kept_to_go_back_to_is_counted(cl
     assert own.schedule_bytes == read.schedule_bytes + pairs, "a momentum of every factor"
     gated = told(classification(method="sora", training=training))
     assert gated.schedule_bytes == 4 * 4 * 12 * 2, "gates with gradient and moments: 12 layers of rank 2"
+    scored = told(classification(method="beamlora", training={"max_steps": 4}))
+    past = scored.schedule_bytes - gated.schedule_bytes  # scores take what gates take
+    assert past == 3 * pairs, "factors and both their moments, half a period old"
     moved = told(classification(method="lora-ga", **{"lora-ga": {"offset": "base"}}, training=training))
     # Two blocks: query, key, value and output of 32 x 32, and two of 32 x 64.
     assert moved.base_copy_bytes == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)

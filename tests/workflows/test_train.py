@@ -236,6 +236,54 @@ def test_the_papers_rounds_count_the_epochs_of_the_runs_own_rows(classification:
     assert [event.text for event in events if isinstance(event, Note) and "after steps 9, 11, 14, 16" in event.text]
 
 
+def test_beamlora_tells_each_reset_and_leaves_a_plain_adapter_of_the_planned_ranks(classification: MakeConfig) -> None:
+    settings = {"cumsum_threshold": 0.7, "reset_every": 2}
+    config = classification(method="beamlora", beamlora=settings, training={"max_steps": 8, "learning_rate": 5e-2})
+    planned: list[Event] = []
+    plan(config, planned.append)
+    resets = "beamlora: 3 resets, one after every 2 steps to step 6; the share of the scores that is kept rises from"
+    assert [event.text for event in planned if isinstance(event, Note) and event.text.startswith(resets)]
+    events: list[Event] = []
+    result = train(config, events.append)
+    assert [event.text for event in events if isinstance(event, Note) and event.text.startswith(resets)]
+    changes = lines(result.folder / "ranks.jsonl")
+    assert [line["step"] for line in changes if "layer" not in line] == [2, 4, 6]
+    copied = [line for line in changes if "layer" in line]
+    assert copied
+    for line in copied:
+        assert line["from"] == line["to"] == 2
+        assert set(line["detail"]) == {"pruned", "sources", "permutation", "importance"}
+    assert any(event.text.startswith("step 4: ") for event in events if isinstance(event, Note))
+    assert "beamlora_largest" in lines(result.folder / "metrics.jsonl")[0]
+    manifest = json.loads((result.folder / "rankwise.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["export"]["verification"]["logit_error"] <= 1e-5
+    assert {check["id"]: check["status"] for check in result.health["checks"]}["schedule"] == "passed"
+    assert all("lora_A" in name or "lora_B" in name for name in adapter(result.folder) if "layer" in name)
+
+
+def test_a_beamlora_run_whose_resets_never_come_ends_with_exit_code_3(
+    classification: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rankwise.cli.main import main
+    from rankwise.methods.beamlora import BeamLoRASchedule
+
+    monkeypatch.setattr(BeamLoRASchedule, "_reset", lambda *_: None)
+    values = classification(method="beamlora").to_dict()
+    (tmp_path / "run.yaml").write_text(json.dumps({key: values[key] for key in ("model", "task", "data", "method")}))
+    folder = tmp_path / "run"
+    settings = ("--set", f"output_dir={folder}", "--set", "r=2", "--set", "training.max_steps=6")
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(tmp_path / "run.yaml"), "--quiet", *settings])
+    assert left.value.code == 3
+    assert "no reset was made in 6 steps, and 2 fell due" in capsys.readouterr().err
+    health = json.loads((folder / "health.json").read_text())
+    assert health["status"] == "failed"
+    assert [check["status"] for check in health["checks"] if check["id"] == "schedule"] == ["failed"]
+    assert json.loads((folder / "rankwise.json").read_text())["status"] == "failed"
+    assert not (folder / "adapter_model.safetensors").exists()
+
+
 def test_a_composition_that_is_cut_short_goes_on_as_if_nothing_had_happened(causal: MakeConfig, tmp_path: Path) -> None:
     options = {"method": ["lora-ga", "lora-pro"], "training": {"max_steps": 5}, "lora_dropout": 0.1}
     whole = train(causal(output_dir=str(tmp_path / "whole"), **options))

@@ -187,7 +187,7 @@ class Method:
         raise NotImplementedError(f"{self.id} does not fill the scale slot")
 
     def check_ranks(self, layers: Sequence[LayerShape], ranks: Sequence[int]) -> None:
-        """Refuses ranks that the start cannot fill, as soon as they are known (initialize slot).
+        """Refuses ranks that the method cannot work with, as soon as they are known; all layers have one or more.
 
         Raises:
             ConfigError: with every such layer.

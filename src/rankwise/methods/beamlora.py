@@ -34,7 +34,7 @@ Only abstract and figures of the paper could be obtained; the rest is that of th
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final, Literal
@@ -54,6 +54,7 @@ from rankwise.linalg.random import generator
 from rankwise.methods.base import Budget, Method, Slot, setting_faults
 from rankwise.methods.perturbing import state_faults
 from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault, SteadyRanks
+from rankwise.ranks.shapes import LayerShape
 
 __all__ = [
     "BeamLoRA",
@@ -139,6 +140,14 @@ class BeamLoRA(Method):
             faults = _value_faults(self)
         if faults:
             raise ConfigError(faults)
+
+    def check_ranks(self, layers: Sequence[LayerShape], ranks: Sequence[int]) -> None:
+        """Refuses layers of different ranks, and of rank 1.
+
+        Raises:
+            ConfigError: there are such layers.
+        """
+        _refuse_ranks({shape.name: rank for shape, rank in zip(layers, ranks, strict=True)})
 
     def make_schedule(self, scene: Scene) -> Schedule:
         """Scores on every layer, and resets between them.
@@ -393,7 +402,7 @@ class BeamLoRASchedule(SteadyRanks):
     """
 
     def __init__(self, method: BeamLoRA, scene: Scene, *, permutation: Permutation | None = None) -> None:
-        _refuse_ranks(scene.layers)
+        _refuse_ranks({name: layer.rank for name, layer in scene.layers.items()})
         self._method, self._layers = method, dict(scene.layers)
         self._permutation = permutation or partial(seeded_permutation, scene.seed)
         self.gates = RankGates(
@@ -425,7 +434,7 @@ class BeamLoRASchedule(SteadyRanks):
         Raises:
             ConfigError: no reset fits a run of this length.
         """
-        course = _course(self._method, max_steps)
+        course = self._course_of(max_steps)
         if self._method.cumsum_threshold == 1:
             return ()
         last = course.count * course.period
@@ -442,8 +451,7 @@ class BeamLoRASchedule(SteadyRanks):
             ConfigError: no reset fits the run, another optimizer than Adam or AdamW, one that does not hold the scores,
                 or factors that are sharded or flattened.
         """
-        period, end_step = self._resumed or (None, None)
-        self._course = _course(self._method, max_steps, period, end_step)
+        self._course = self._course_of(max_steps)
         faults = _engine_faults(optimizer, self._layers)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = list(self.gates.parameters())
@@ -623,6 +631,11 @@ class BeamLoRASchedule(SteadyRanks):
                     expected |= {key: factor for key in moments if key in tensors}
         return faults + state_faults(expected, tensors)
 
+    def _course_of(self, max_steps: int) -> _Course:
+        """The course of a run of this length; a resumed one keeps its times."""
+        period, end_step = self._resumed or (None, None)
+        return _course(self._method, max_steps, period, end_step)
+
     @property
     def _copies_moments(self) -> bool:
         return self._method.reset_optimizer and self._method.variant == "intended"
@@ -663,6 +676,10 @@ class BeamLoRASchedule(SteadyRanks):
 
     def _reset(self, step: int, share: float) -> None:
         method, logits = self._method, self._logits()
+        # All that is decided follows from these. Compared first: a process that skips must not leave others waiting.
+        digest = hashlib.blake2b(_bytes(logits), digest_size=16)
+        known = f"{digest.hexdigest()}, past of step {self._past_step}"
+        assert_equal_everywhere(known, f"what beamlora's reset after step {step} goes by")
         importance = scores(logits, method.tau)
         if not bool(importance.isfinite().all()):
             self._skip_lost(step, importance)
@@ -679,13 +696,14 @@ class BeamLoRASchedule(SteadyRanks):
             )
             return
         age = 0 if self._past_step is None else step - self._past_step
-        digest, details = hashlib.blake2b(digest_size=16), {}
+        details: dict[str, Any] = {}
         for index, name in enumerate(self.gates.names):
             pruned = mask[index].nonzero().flatten()
             if len(pruned):
                 permutation = self._permutation(step, index, len(pruned))
                 sources = source_ranks(importance[index], permutation, stable=method.variant == "intended")
-                self._overwrite(name, logits[index], pruned, sources, digest)
+                for tensor in (pruned, sources, *self._overwrite(name, logits[index], pruned, sources)):
+                    digest.update(_bytes(tensor))
                 details[name] = {
                     "pruned": pruned.tolist(),
                     "sources": sources.tolist(),
@@ -701,8 +719,8 @@ class BeamLoRASchedule(SteadyRanks):
         assert_equal_everywhere(digest.hexdigest(), f"what beamlora copied in its reset after step {step}")
         self._record(step, share, mask, age, details)
 
-    def _overwrite(self, name: str, logits: Tensor, pruned: Tensor, sources: Tensor, digest: Any) -> None:
-        """Makes a layer's pruned ranks copies of the sources and gives both new logits; all goes into the digest."""
+    def _overwrite(self, name: str, logits: Tensor, pruned: Tensor, sources: Tensor) -> list[Tensor]:
+        """Makes a layer's pruned ranks copies of the sources and gives both new logits; all that is new."""
         method = self._method
         for part, live in self._parts(name).items():
             history = live if method.conserve else self._past.get(f"{part}.{name}")
@@ -714,9 +732,11 @@ class BeamLoRASchedule(SteadyRanks):
             moved = mean_logits(logits, pruned, sources)
         self.gates.write(name, moved)
         layer = self._layers[name]
-        rows = layer.lora_A[pruned.to(layer.lora_A.device)], layer.lora_B[:, pruned.to(layer.lora_B.device)]
-        for tensor in (pruned, sources, moved, *rows):
-            digest.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
+        return [
+            moved,
+            layer.lora_A.index_select(0, pruned.to(layer.lora_A.device)),
+            layer.lora_B.index_select(1, pruned.to(layer.lora_B.device)),
+        ]
 
     def _skip_lost(self, step: int, importance: Tensor) -> None:
         self._lost += 1
@@ -748,14 +768,13 @@ class BeamLoRASchedule(SteadyRanks):
         )
 
 
-def _refuse_ranks(layers: Mapping[str, AdaptedLayer]) -> None:
-    ranks = {name: layer.rank for name, layer in layers.items()}
+def _refuse_ranks(ranks: Mapping[str, int]) -> None:
     first, rank = next(iter(ranks.items()))
     other = next((name for name, found in ranks.items() if found != rank), None)
     if other is not None:
         raise ConfigError(
             f"beamlora compares the ranks of all layers in one sum, which needs one rank everywhere, and {first} has "
-            f"{rank} and {other} {ranks[other]}: give every layer the same rank, or leave it out of target_modules"
+            f"{rank} and {other} {ranks[other]}: give every layer the same rank, or leave it out with rank 0"
         )
     if rank == 1:
         raise ConfigError("r: 1: beamlora's score of a single rank is always 1, and there is none to copy; use r >= 2")
@@ -777,6 +796,11 @@ def _engine_faults(optimizer: Optimizer, layers: Mapping[str, AdaptedLayer]) -> 
                 "beamlora writes single ranks of whole factors: train with DDP"
             ]
     return []
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """The values as float64, for a hash."""
+    return tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes()
 
 
 def _whole(value: object) -> bool:

@@ -327,6 +327,13 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal(
+        lambda recipe, situation: "beamlora" in recipe.ids and situation.optim not in ("", *_READABLE),
+        lambda _, situation: (
+            f"training.optim: {situation.optim}: beamlora copies and empties the moments of single ranks, as torch's "
+            "Adam and AdamW keep them; use adamw_torch"
+        ),
+    ),
+    Refusal(
         lambda recipe, situation: "lora-rite" in recipe.ids and situation.learning_rate_ratio != 1,
         lambda _, situation: (
             f"loraplus_lr_ratio: {situation.learning_rate_ratio:g}: lora-rite moves lora_A and lora_B by one rate, or "

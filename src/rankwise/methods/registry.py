@@ -7,6 +7,7 @@ from dataclasses import fields
 from rankwise.errors import ConfigError, RecipeError
 from rankwise.methods.ab_lora import ABLoRA
 from rankwise.methods.base import Method
+from rankwise.methods.beamlora import BeamLoRA
 from rankwise.methods.ggpo import GGPO, MGPO
 from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
@@ -19,11 +20,10 @@ from rankwise.methods.sora import SoRA
 __all__ = ["METHODS", "RESERVED", "method_class", "method_from_id"]
 
 METHODS: Mapping[str, type[Method]] = {
-    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, ABLoRA, SoRA)
+    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, ABLoRA, SoRA, BeamLoRA)
 }
 
 RESERVED: Mapping[str, str] = {
-    "beamlora": "BeamLoRA, arXiv 2502.13604",
     "xgblora": "XGBLoRA, arXiv 2410.19694",
 }
 """Ids of methods that later versions bring."""

@@ -125,7 +125,11 @@ class Schedule(Protocol):
         ...
 
     def outlook(self, max_steps: int) -> tuple[str, ...]:
-        """What it will do in a run of this length, one sentence each; asked before `begin`."""
+        """What it will do in a run of this length, one sentence each; asked before `begin`, and more than once.
+
+        Raises:
+            ConfigError: it cannot do its work in such a run.
+        """
         ...
 
     def figures(self) -> dict[str, float]:

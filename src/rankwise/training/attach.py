@@ -229,7 +229,8 @@ class _Job:
     def check_ranks(self, final: RankPlan) -> None:
         ranks = final.ranks
         live = [shape for shape in self.shapes if ranks[shape.name] > 0]
-        self.recipe.initialize.check_ranks(live, [ranks[shape.name] for shape in live])
+        for method in self.recipe.methods:
+            method.check_ranks(live, [ranks[shape.name] for shape in live])
 
     def allocate(self, statistics: GradientStatistics | None) -> RankPlan:
         allocation = self.recipe.allocate.allocate(self.shapes, self.budget, statistics)

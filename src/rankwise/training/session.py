@@ -179,7 +179,7 @@ class Session:
 
         Raises:
             ConfigError: a learning rate of 0, no steps, an optimizer that is not AdamW, AdamW settings that nothing
-                would follow, a state that does not fit in memory.
+                would follow, a state that does not fit in memory, a schedule that does not fit the run.
             RecipeError: FSDP or an engine under which the recipe cannot train.
         """
         self.keep_precision()
@@ -191,6 +191,8 @@ class Session:
             state = refuse_large_state(method, self.layers)
             built = own_and_scheduler(self.model, self.layers, args, num_training_steps, method)
             self._tell_of_own_optimizer(method, args, built[0], state)
+        if self.schedule is not None:
+            self.schedule.outlook(num_training_steps)  # refuses a run that it does not fit before anything is written
         decays = str(getattr(args, "lr_scheduler_type", "linear")).rpartition(".")[2].lower()
         self._planned_steps = None if decays.startswith("constant") else num_training_steps
         return built
