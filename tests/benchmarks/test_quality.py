@@ -93,7 +93,7 @@ def test_the_interval_covers_rows_and_seeds():
 
 
 def test_warm_up_and_decay_end_at_zero():
-    rates = [setting._rate(step) for step in range(setting.STEPS + 1)]
+    rates = [setting._rate(step, setting.STEPS) for step in range(setting.STEPS + 1)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == 1.0
     assert rates.index(1.0) == 9
