@@ -279,7 +279,7 @@ def remarks(*methods: Method) -> list[str]:
             "alpha/sqrt(rank) changes the effective learning rate of lora-pro's efficient mode",
         ),
         ([PRO, GoRA()], r"the scaling alpha/sqrt(rank) changes the effective learning rate"),
-        ([RoRA(), coming("xgblora", Slot.SCHEDULE, booster_rank=1)], "boosters of rank 1 have the same scaling"),
+        ([RoRA(), method_from_id("xgblora")], "boosters of rank 1 have the same scaling"),
     ],
     ids=lambda value: "+".join(method.id for method in value) if isinstance(value, list) else "",
 )

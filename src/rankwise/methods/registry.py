@@ -14,17 +14,17 @@ from rankwise.methods.lora_pro import LoRAPro
 from rankwise.methods.lora_rite import LoRARITE
 from rankwise.methods.rora import RoRA
 from rankwise.methods.sora import SoRA
+from rankwise.methods.xgblora import XGBLoRA
 
 __all__ = ["METHODS", "RESERVED", "method_class", "method_from_id"]
 
 METHODS: Mapping[str, type[Method]] = {
-    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, SoRA)
+    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, SoRA, XGBLoRA)
 }
 
 RESERVED: Mapping[str, str] = {
     "ab-lora": "ALoRA (AB-LoRA), arXiv 2403.16187",
     "beamlora": "BeamLoRA, arXiv 2502.13604",
-    "xgblora": "XGBLoRA, arXiv 2410.19694",
 }
 """Ids of methods that later versions bring."""
 
