@@ -88,7 +88,7 @@ def test_trainer_under_ddp_agrees_with_one_process_and_resumes_bit_equal(tmp_pat
     "recipes",
     [
         ("rora", "lora-rite", "mgpo"),
-        pytest.param(("lora-ga", "lora-pro", "lora-pro full", "ggpo", *SHARDABLE), marks=pytest.mark.slow),
+        pytest.param(("lora-ga", "lora-pro", "lora-pro full", "ggpo", "xgblora", *SHARDABLE), marks=pytest.mark.slow),
     ],
     ids=["some", "others"],
 )

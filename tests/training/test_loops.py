@@ -40,7 +40,7 @@ RATES = {
 }
 """By recipe, a rate at which the rule of the rows is learned in a few steps."""
 FALLS = {"xgblora": 0.05}
-"""How far the loss must fall, where it is not 0.1: boosters of rank 1 in half of the blocks learn less in eight steps."""
+"""How far the loss must fall, where it is not 0.1: boosters of rank 1 in half of the blocks learn slowly."""
 OTHERS = [recipe for recipe in RATES if recipe != "gora"]
 
 

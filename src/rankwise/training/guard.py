@@ -324,12 +324,13 @@ class Guard:
         )
 
     def _movement(self) -> dict[str, bool]:
-        """Which layers' factors were ever seen to differ from the start."""
-        for name, (lora_A, lora_B) in self._start.items():
-            layer = self._layers[name]
-            if not self._moved.get(name, False):
-                same = torch.equal(_copy(layer.lora_A), lora_A) and torch.equal(_copy(layer.lora_B), lora_B)
-                self._moved[name] = not same
+        """Which layers' factors were ever seen to differ from the start, or were folded into a booster."""
+        still = [name for name in self._start if not self._moved.get(name, False)]
+        boosted = self._beside().boosters if still else {}
+        for name in still:
+            (lora_A, lora_B), layer = self._start[name], self._layers[name]
+            same = torch.equal(_copy(layer.lora_A), lora_A) and torch.equal(_copy(layer.lora_B), lora_B)
+            self._moved[name] = name in boosted or not same
         return dict(self._moved)
 
     def _check_movement(self, step: int) -> None:

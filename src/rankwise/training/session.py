@@ -184,11 +184,13 @@ class Session:
 
         Raises:
             ConfigError: a learning rate of 0, no steps, an optimizer that is not AdamW, AdamW settings that nothing
-                would follow, a state that does not fit in memory.
+                would follow, a state that does not fit in memory, a schedule that does not fit the run.
             RecipeError: FSDP or an engine under which the recipe cannot train.
         """
         self.keep_precision()
         self.recipe.check(situation_of_arguments(args))
+        if self.schedule is not None:
+            self.schedule.outlook(num_training_steps)  # refuses what does not fit the run
         method = self.recipe.optimize
         if method is None:
             built = adamw_and_scheduler(self.model, args, num_training_steps, self.schedule)
