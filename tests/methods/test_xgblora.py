@@ -537,7 +537,8 @@ def test_events_and_live_ranks_tell_each_fold_with_its_layers() -> None:
         for n in (1, 2)
     )
     (start,) = schedule.events()
-    assert (start.step, start.kind, set(start.ranks), set(start.ranks.values())) == (0, "round", first, {1})
+    assert (start.step, start.kind) == (0, "round")
+    assert start.ranks == {name: int(name in first) for name in one.layers}
     train(one, schedule, optimizer, range(1, 8))
     (event,) = schedule.events()
     assert (event.step, event.kind) == (7, "fold")

@@ -195,10 +195,10 @@ def test_xgblora_folds_its_rounds_tells_each_and_leaves_an_adapter_within_the_bu
     result = train(classification(**options), events.append)
     changes = lines(result.folder / "ranks.jsonl")
     assert [(line["step"], line["kind"]) for line in changes if "layer" not in line] == [
-        (0, "round"), (3, "fold"), (6, "fold"), (9, "fold"), (11, "fold"),
+        (0, "round"), (3, "fold"), (6, "fold"), (9, "fold"), (11, "fold"), (11, "export"),
     ]  # fmt: skip
-    final = {line["layer"]: line["to"] for line in changes if "layer" in line}
-    assert sum(final.values()) == 4 * len(final) / 2, "each round adds a rank in half of the layers"
+    folded = {line["layer"]: line["to"] for line in changes if "layer" in line and line["kind"] != "export"}
+    assert sum(folded.values()) == 4 * len(folded) / 2, "each round adds a rank in half of the layers"
     assert all(line["detail"]["booster_norm"] > 0 for line in changes if line["kind"] == "fold" and "detail" in line)
     logged = [line["xgblora_rank"] for line in lines(result.folder / "metrics.jsonl") if "xgblora_rank" in line]
     assert (logged[0], logged[-1]) == (0.0, 2.0)
@@ -208,8 +208,19 @@ def test_xgblora_folds_its_rounds_tells_each_and_leaves_an_adapter_within_the_bu
     assert written["verification"]["update_error"] <= 1e-5
     lost = written["compression"]
     assert 0 < lost["total"] < 1
+    (warned,) = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+    assert warned.startswith(f"the exported adapter leaves out {lost['total']:.3g} of the norm of what was trained")
+    assert f"changes the logits by {written['logit_error']:.3g}; every other figure is of the trained model" in warned
+    cut = {
+        line["layer"]: (line["from"], line["to"]) for line in changes if "layer" in line and line["kind"] == "export"
+    }
+    assert all(folded[name] == before > after for name, (before, after) in cut.items())
+    final = folded | {name: after for name, (_, after) in cut.items()}
+    assert final == lost["ranks"]
+    costs = {layer.name: layer.shape.cost for layer in plan_.layers}
     kept = unpadded_parameters(result.folder)
-    assert kept <= plan_.budget
+    assert kept == sum(rank * costs[name] for name, rank in final.items()) <= plan_.budget
+    assert f"{kept:,} of {plan_.budget:,} parameters used" in (result.folder / "report.html").read_text()
     told = [event.text for event in events if isinstance(event, Note)]
     assert [text for text in told if text.startswith("xgblora: 4 rounds of 3 steps, the last of 2; each trains 1 of 2")]
     assert [text for text in told if text.startswith("step 3: round 1 of 4 ended")]

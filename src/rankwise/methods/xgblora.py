@@ -355,7 +355,8 @@ class BoostingSchedule(SteadyRanks):
             self._lay_out(max_steps, *round_layout(max_steps, self._method.rounds, self._method.round_steps))
             self._allocate()
             self._enter(1)
-            self._record("round", 1, f"round 1 of {self._rounds} trains {self._shown(self._drawn(1))}", self._drawn(1))
+            # Of all layers: those that no round draws end at rank 0.
+            self._record("round", 1, f"round 1 of {self._rounds} trains {self._shown(self._drawn(1))}", self._layers)
 
     def before_step(self, step: int) -> None:
         """Nothing: gates change between steps only."""
