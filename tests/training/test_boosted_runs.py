@@ -22,6 +22,7 @@ from rankwise.export.write import export_folder
 from rankwise.linalg.factors import product_norm, relative_difference
 from rankwise.methods.xgblora import XGBLoRA
 from rankwise.training.session import Session
+from tests.adapters.test_perturbation import Linear8bitLt
 from tests.support.models import causal_batch, tiny_llama
 from tests.training.jobs import Job, Rows, trainer_arguments
 
@@ -199,6 +200,24 @@ def test_beside_boosters_nothing_is_merged_and_a_plain_save_holds_them(tmp_path:
     assert torch.allclose(logits(served), logits(session.model), atol=1e-5)
     with pytest.raises(ExportError, match=r"give state=session\.fold_state"):
         rw.export_adapter(session.model, tmp_path / "forgotten")
+
+
+def test_x14_packed_weights_are_left_as_they_were_and_the_adapter_is_exported(tmp_path: Path) -> None:
+    session = session_of(GROWING, r=4)
+    packed = []
+    for layer in session.layers.values():
+        module: Any = layer.module
+        module.base_layer = Linear8bitLt(module.base_layer.weight.detach())
+        packed.append(module.base_layer.weight)
+    before = [weight.detach().clone() for weight in packed]
+    walk(session, 8)
+    session.end(8)
+    assert all(torch.equal(weight, kept) for weight, kept in zip(packed, before, strict=True))
+    report = session.export(tmp_path / "adapter", batch=PROBE)
+    assert report.verification is not None
+    assert report.verification.update_error <= 1e-5
+    assert report.logit_error is not None
+    assert report.logit_error <= 1e-5
 
 
 # --- proof of training --------------------------------------------------------------------------------------------
