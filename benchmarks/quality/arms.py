@@ -253,4 +253,8 @@ ARMS: tuple[Arm, ...] = (
     Arm("ab-lora-r4-long", "AB-LoRA, mean r = 4, 600 steps", 4, _LONG, _methods(_default("ABLoRA")), _R4, 600),
     Arm("sora-r2-long", "SoRA from r = 2, 600 steps", 2, _LONG, _methods(_default("SoRA")), _R2, 600),
     Arm("sora-r4-long", "SoRA from r = 4, 600 steps", 4, _LONG, _methods(_default("SoRA")), _R4, 600),
+    Arm("beamlora-r2-long", "BeamLoRA, r = 2, 600 steps", 2, _LONG, _methods(_default("BeamLoRA")), _R2, 600),
+    Arm("beamlora-r4-long", "BeamLoRA, r = 4, 600 steps", 4, _LONG, _methods(_default("BeamLoRA")), _R4, 600),
+    Arm("xgblora-r2-long", "XGBLoRA, r = 2, 600 steps", 2, _LONG, _methods(_default("XGBLoRA")), _R2, 600),
+    Arm("xgblora-r4-long", "XGBLoRA, r = 4, 600 steps", 4, _LONG, _methods(_default("XGBLoRA")), _R4, 600),
 )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rankwise.methods.recipe import Recipe as Recipe
     from rankwise.methods.rora import RoRA as RoRA
     from rankwise.methods.sora import SoRA as SoRA
+    from rankwise.methods.xgblora import XGBLoRA as XGBLoRA
     from rankwise.ranks.plan import LayerPlan as LayerPlan
     from rankwise.ranks.plan import RankPlan as RankPlan
     from rankwise.ranks.shapes import ScalingRule as ScalingRule
@@ -61,6 +62,7 @@ _HOMES = {
     "SoRA": "methods.sora",
     "StopRequest": "training.signals",
     "TrainingInterrupted": "errors",
+    "XGBLoRA": "methods.xgblora",
     "attach": "training.attach",
     "check_folder": "export.audit",
     "export_adapter": "export.write",

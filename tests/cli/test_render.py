@@ -29,7 +29,7 @@ METHODS = [
         "learning_rate": {"low": 5e-5, "default": 2e-4, "high": 5e-4},
         "optimizer": "lora-rite",
     },
-    {"id": "sora", "title": "SoRA", "source": "arXiv", "state": "coming"},
+    {"id": "sora", "title": "SoRA", "source": "arXiv", "state": "works"},
 ]
 METHOD = METHODS[0] | {
     "learning_rate": {"low": 2e-5, "default": 1e-4, "high": 5e-4},
@@ -282,7 +282,7 @@ def test_the_list_of_methods_shows_their_rates_and_the_optimizer_that_they_are_f
     listed = " ".join(printed(render.methods_view([METHOD, METHODS[1], METHODS[2]]), 200).split())
     assert "2e-5, 1e-4, 5e-4 (AdamW)" in listed
     assert "5e-5, 2e-4, 5e-4 (lora-rite)" in listed
-    assert "sora coming SoRA" in listed
+    assert "sora works SoRA" in listed
 
 
 def test_the_cost_says_how_a_step_compares_with_plain_lora_where_it_differs() -> None:

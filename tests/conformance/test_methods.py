@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.errors import RecipeError
+from rankwise.export.fold import fold
 from rankwise.methods.ab_lora import ABLoRA
 from rankwise.methods.base import Method, Slot
 from rankwise.methods.beamlora import BeamLoRA
@@ -19,6 +20,7 @@ from rankwise.methods.lora import LoRA
 from rankwise.methods.recipe import METHODS, Recipe, method_from_id
 from rankwise.methods.rora import RoRA
 from rankwise.methods.sora import SoRA
+from rankwise.methods.xgblora import XGBLoRA
 from rankwise.training.attach import attach
 from rankwise.training.session import Session
 from tests.support.models import causal_batch, tiny_llama
@@ -32,6 +34,7 @@ NEUTRAL: dict[str, Method] = {
     "ab-lora": ABLoRA(rounds=0),
     "sora": SoRA(train_gates=False, gate_init="ones", threshold=0.0),
     "beamlora": BeamLoRA(train_scores=False, cumsum_threshold=1.0),
+    "xgblora": XGBLoRA(rounds=1, layers_fraction=1.0, booster_rank=4, booster_alpha=16),
 }
 """Settings under which a method is exactly plain LoRA; RoRA is so at rank 1 only."""
 
@@ -59,7 +62,7 @@ def attached(methods: object, *, r: int = 4, seed: int = 0, model: PreTrainedMod
 
 
 def trajectory(session: Session, steps: int = 2) -> list[torch.Tensor]:
-    """Losses and factors of a few steps, made as any loop makes them."""
+    """Losses of a few steps and the factors that they leave, folded; made as any loop makes them."""
     optimizer, _ = session.optimizers(SimpleNamespace(learning_rate=1e-2, lr_scheduler_type="constant"), steps)
     session.model.train()
     session.begin(optimizer, steps)
@@ -74,8 +77,9 @@ def trajectory(session: Session, steps: int = 2) -> list[torch.Tensor]:
         session.after_step(step)
         losses.append(loss.detach())
     session.end(steps)
+    folded = fold(session.model, session.fold_state)
     session.close()
-    return [*losses, *(p.detach() for layer in session.layers.values() for p in (layer.lora_A, layer.lora_B))]
+    return [*losses, *(p for layer in folded.layers.values() for p in (layer.lora_A, layer.lora_B))]
 
 
 @every_method

@@ -46,7 +46,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 SHARDABLE = ("gora lora-rite", "lora-ga lora-pro", "gora ggpo", "rora mgpo")
-COMPOSED = (*SHARDABLE, "ab-lora", "sora", "beamlora")
+COMPOSED = (*SHARDABLE, "ab-lora", "sora", "beamlora", "xgblora")
 ALONE = ("gora", "lora-ga", "lora-ga base", "lora-pro", "lora-pro full", "lora-rite", "ggpo", "mgpo")
 BY_UPDATE = ("gora lora-rite: ",)
 """Compared by the update alone: its size decides how RITE steps, and from a small lora_B (GoRA's) lora_A grows by what
@@ -89,7 +89,7 @@ def test_trainer_under_ddp_agrees_with_one_process_and_resumes_bit_equal(tmp_pat
     "recipes",
     [
         ("rora", "lora-rite", "mgpo"),
-        pytest.param(("lora-ga", "lora-pro", "lora-pro full", "ggpo", *SHARDABLE), marks=pytest.mark.slow),
+        pytest.param(("lora-ga", "lora-pro", "lora-pro full", "ggpo", "xgblora", *SHARDABLE), marks=pytest.mark.slow),
     ],
     ids=["some", "others"],
 )

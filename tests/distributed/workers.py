@@ -160,6 +160,8 @@ def _sharded_loop(recipe: str, folder: str, rank: int, world: int) -> dict[str, 
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             kept[f"{name}.{side}"] = whole.detach().contiguous()
         kept[f"update.{name}"] = layer.scaling * kept[f"{name}.B"] @ kept[f"{name}.A"]
+    for name, pair in session.fold_state.boosters.items():
+        kept[f"{name}.boosters.A"], kept[f"{name}.boosters.B"] = pair.lora_A, pair.lora_B
     session.close()
     return kept
 

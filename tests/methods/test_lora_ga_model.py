@@ -274,21 +274,22 @@ def test_a_layer_that_stayed_at_its_start_holds_no_update():
 
 
 def test_an_update_of_the_guard_is_the_difference_of_both_products():
-    from rankwise.adapters.state import FactorPair
+    from rankwise.adapters.state import FactorPair, FoldState
     from rankwise.training.guard import _update_norm
 
     session = session_of()
     name, layer = next(iter(session.layers.items()))
     assert session.offset is not None
     pair = session.offset.pairs[name]
-    assert _update_norm(layer, pair) == 0.0
+    assert _update_norm(layer, FoldState(offsets={name: pair})) == 0.0
     with torch.no_grad():
         layer.lora_B.add_(1e-4)
     A, B = stack([(layer.lora_A.detach(), layer.lora_B.detach(), 1.0), (pair.lora_A, pair.lora_B, -1.0)])
     wanted = layer.scaling * float((B.double() @ A.double()).norm())
-    assert _update_norm(layer, pair) == pytest.approx(wanted, rel=1e-4)
+    assert _update_norm(layer, FoldState(offsets={name: pair})) == pytest.approx(wanted, rel=1e-4)
     zero = FactorPair(torch.zeros_like(pair.lora_A), torch.zeros_like(pair.lora_B))
-    assert _update_norm(layer, zero) == pytest.approx(_update_norm(layer, None), rel=1e-6)
+    zeros = FoldState(offsets={name: zero})
+    assert _update_norm(layer, zeros) == pytest.approx(_update_norm(layer, FoldState()), rel=1e-6)
 
 
 # --- company --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from rankwise.errors import ConfigError, RecipeError
 from rankwise.methods.base import Budget, Method, Slot
 from rankwise.methods.gora import GoRA
 from rankwise.methods.lora import LoRA
-from rankwise.methods.recipe import METHODS, REFUSALS, RESERVED, Recipe, Situation, method_class, method_from_id
+from rankwise.methods.recipe import METHODS, REFUSALS, Recipe, Situation, method_class, method_from_id
 from rankwise.methods.rora import RoRA
 
 
@@ -24,20 +24,12 @@ class Mover(Method):
     learning_rates: ClassVar[tuple[float, float, float]] = (1e-5, 1e-4, 1e-3)
 
 
-def coming(method_id: str, *slots: Slot, **settings: object) -> Method:
-    """A stand-in for a method that this version only knows by name, with its slots and a setting or two."""
-    values = {"id": method_id, "title": method_id, "source": "none", "slots": frozenset(slots), **settings}
-    kind = type(method_id, (Method,), {**values, "learning_rates": (1e-5, 1e-4, 1e-3)})
-    made: Method = dataclass(frozen=True, kw_only=True)(kind)()
-    return made
-
-
 SORA, BEAMLORA, AB_LORA, XGBLORA = (
-    coming(method_id, Slot.SCHEDULE) for method_id in ("sora", "beamlora", "ab-lora", "xgblora")
+    method_from_id(method_id) for method_id in ("sora", "beamlora", "ab-lora", "xgblora")
 )
-PRO, RITE = coming("lora-pro", Slot.OPTIMIZE), method_from_id("lora-rite")
+PRO, RITE = method_from_id("lora-pro"), method_from_id("lora-rite")
 LORA_GA, GA_BASE = method_from_id("lora-ga"), method_from_id("lora-ga", {"offset": "base"})
-GGPO, MGPO = coming("ggpo", Slot.SCHEDULE), coming("mgpo", Slot.SCHEDULE)
+GGPO, MGPO = method_from_id("ggpo"), method_from_id("mgpo")
 
 
 def test_slots_that_nobody_fills_are_plain_lora() -> None:
@@ -83,20 +75,11 @@ def test_naming_a_method_twice_or_none_is_refused() -> None:
         Recipe.of([])
 
 
-@pytest.mark.parametrize("method_id", sorted(RESERVED))
-def test_methods_of_later_versions_are_named_as_such(method_id: str) -> None:
-    with pytest.raises(
-        RecipeError, match=f"{method_id} .*arXiv.* is not yet in this version; use one of lora, gora, rora"
-    ):
-        Recipe.of(method_id)
-
-
-def test_reserved_and_present_ids_are_the_ten_methods_and_lora() -> None:
-    assert set(METHODS) | set(RESERVED) == {
+def test_the_ids_are_the_ten_methods_and_lora() -> None:
+    assert set(METHODS) == {
         "lora", "gora", "rora", "lora-ga", "lora-pro", "lora-rite", "ggpo", "mgpo", "ab-lora", "sora", "beamlora",
         "xgblora",
     }  # fmt: skip
-    assert not set(METHODS) & set(RESERVED)
 
 
 @pytest.mark.parametrize(("given", "near"), [("gorra", "gora"), ("LoRA", "lora"), ("lora_pro", "lora-pro")])
@@ -170,7 +153,7 @@ def test_methods_that_do_not_go_together_are_refused_with_the_reason(methods: li
         [RoRA(), XGBLORA],
         [RoRA(), AB_LORA],
         [LORA_GA, GGPO],
-        [GoRA(), coming("sora", Slot.SCHEDULE, plan_as_caps=True)],
+        [GoRA(), method_from_id("sora", {"plan_as_caps": True})],
         [method_from_id("lora-ga", {"offset": "none"}), SORA],
         [method_from_id("lora-ga", {"offset": "none"}), BEAMLORA],
     ],
@@ -281,7 +264,7 @@ def remarks(*methods: Method) -> list[str]:
             "alpha/sqrt(rank) changes the effective learning rate of lora-pro's efficient mode",
         ),
         ([PRO, GoRA()], r"the scaling alpha/sqrt(rank) changes the effective learning rate"),
-        ([RoRA(), coming("xgblora", Slot.SCHEDULE, booster_rank=1)], "boosters of rank 1 have the same scaling"),
+        ([RoRA(), method_from_id("xgblora")], "boosters of rank 1 have the same scaling"),
     ],
     ids=lambda value: "+".join(method.id for method in value) if isinstance(value, list) else "",
 )
@@ -291,7 +274,8 @@ def test_combinations_that_deserve_a_word_get_one(methods: list[Method], remark:
 
 
 def test_other_combinations_get_no_word() -> None:
-    for methods in ([GoRA(), RITE], [LORA_GA, PRO], [RoRA(), RITE], [GoRA(), GGPO], [RoRA(), XGBLORA]):
+    boosted = [RoRA(), method_from_id("xgblora", {"booster_rank": 2})]
+    for methods in ([GoRA(), RITE], [LORA_GA, PRO], [RoRA(), RITE], [GoRA(), GGPO], boosted):
         assert remarks(*methods) == []
 
 

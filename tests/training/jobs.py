@@ -67,6 +67,7 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "ab-lora": (method_from_id("ab-lora", {"prune_per_round": 3, "sequences": 6}),),
     "sora": (method_from_id("sora", {"target_density": 0.5}),),
     "beamlora": (method_from_id("beamlora", {"reset_every": 3, "cumsum_threshold": 0.8}),),
+    "xgblora": (method_from_id("xgblora", {"round_steps": 3, "layers_fraction": 0.5}),),
     "ggpo": ("ggpo",),
     "mgpo": ("mgpo",),
     "gora lora-rite": ("gora", "lora-rite"),
@@ -117,7 +118,10 @@ def factors(session: Session) -> dict[str, Tensor]:
     found = {}
     for name, layer in session.layers.items():
         found[f"{name}.A"], found[f"{name}.B"] = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-    return found | {f"{name}.gate": gate for name, gate in session.fold_state.gates.items()}
+    state = session.fold_state
+    for name, pair in state.boosters.items():
+        found[f"{name}.boosters.A"], found[f"{name}.boosters.B"] = pair.lora_A, pair.lora_B
+    return found | {f"{name}.gate": gate for name, gate in state.gates.items()}
 
 
 def run(job: Job, before: Callable[[], None] | None = None) -> None:

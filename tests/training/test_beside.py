@@ -98,7 +98,7 @@ def test_a_schedule_goes_on_from_a_checkpoint_with_its_values_and_tensors(tmp_pa
     stored = load_file(tmp_path / "checkpoint-2" / STATE_FILE)
     assert torch.equal(stored["method.total"], session.schedule.total)
     marker = json.loads((tmp_path / "checkpoint-2" / MARKER).read_text())
-    assert marker["schedule"] == {"id": "counting", "values": {"steps": 2}, "tensors": ["total"]}
+    assert marker["schedule"] == {"id": "counting", "values": {"steps": 2}, "tensors": ["total"], "folds": []}
     again = resume(tiny_llama(), tmp_path / "checkpoint-2")
     assert again.schedule.state_dict().keys() == session.schedule.state_dict().keys()
     assert torch.equal(again.schedule.total, session.schedule.total)

@@ -38,8 +38,11 @@ RATES = {
     "ab-lora": 2e-2,
     "sora": 5e-2,
     "beamlora": 5e-2,
+    "xgblora": 5e-2,
 }
 """By recipe, a rate at which the rule of the rows is learned in a few steps."""
+FALLS = {"xgblora": 0.05}
+"""How far the loss must fall, where it is not 0.1: boosters of rank 1 in half of the blocks learn slowly."""
 OTHERS = [recipe for recipe in RATES if recipe != "gora"]
 
 
@@ -145,7 +148,7 @@ def trained(loop: str, recipe: str = "gora") -> tuple[Session, list[float]]:
 def test_the_loss_goes_down_and_the_guard_is_content(loop: str, recipe: str):
     session, losses = trained(loop, recipe)
     assert len(losses) == STEPS
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - FALLS.get(recipe, 0.1)
     assert session.health.status == "passed"
     assert session.step == STEPS
 

@@ -123,6 +123,8 @@ def test_the_memory_of_a_schedule_and_of_a_base_kept_to_go_back_to_is_counted(cl
     scored = told(classification(method="beamlora", training={"max_steps": 4}))
     past = scored.schedule_bytes - gated.schedule_bytes  # scores take what gates take
     assert past == 3 * pairs, "factors and both their moments, half a period old"
+    grown = told(classification(method="xgblora", xgblora={"rounds": 2, "layers_fraction": 1.0}, training=training))
+    assert grown.schedule_bytes == 2 * 4 * (grown.trained_parameters - HEAD), "room for two boosters of every layer"
     moved = told(classification(method="lora-ga", **{"lora-ga": {"offset": "base"}}, training=training))
     # Two blocks: query, key, value and output of 32 x 32, and two of 32 x 64.
     assert moved.base_copy_bytes == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)

@@ -222,6 +222,83 @@ def test_ab_loras_rounds_that_are_prevented_end_the_run_with_exit_code_3(
     with pytest.raises(HealthError, match="ab-lora made 0 of its 4 rounds in 12 steps") as caught:
         train(config)
     assert caught.value.exit_code == 3
+
+
+def test_xgblora_folds_its_rounds_tells_each_and_leaves_an_adapter_within_the_budget(
+    classification: MakeConfig, bert: Path, tmp_path: Path
+) -> None:
+    settings = {"rounds": 4, "layers_fraction": 0.5}
+    options: dict[str, Any] = {"method": "xgblora", "xgblora": settings, "r": 1}
+    options["training"] = {"max_steps": 11, "save_steps": 2, "learning_rate": 2e-2}
+    events: list[Event] = []
+    result = train(classification(**options), events.append)
+    changes = lines(result.folder / "ranks.jsonl")
+    assert [(line["step"], line["kind"]) for line in changes if "layer" not in line] == [
+        (0, "round"), (3, "fold"), (6, "fold"), (9, "fold"), (11, "fold"), (11, "export"),
+    ]  # fmt: skip
+    folded = {line["layer"]: line["to"] for line in changes if "layer" in line and line["kind"] != "export"}
+    assert sum(folded.values()) == 4 * len(folded) / 2, "each round adds a rank in half of the layers"
+    assert all(line["detail"]["booster_norm"] > 0 for line in changes if line["kind"] == "fold" and "detail" in line)
+    logged = [line["xgblora_rank"] for line in lines(result.folder / "metrics.jsonl") if "xgblora_rank" in line]
+    assert (logged[0], logged[-1]) == (0.0, 2.0)
+    manifest = json.loads((result.folder / "rankwise.json").read_text())
+    assert manifest["status"] == "finished"
+    written, plan_ = manifest["export"], result.plan
+    assert written["verification"]["update_error"] <= 1e-5
+    lost = written["compression"]
+    assert 0 < lost["total"] < 1
+    (warned,) = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+    assert warned.startswith(f"the exported adapter leaves out {lost['total']:.3g} of the norm of what was trained")
+    assert f"changes the logits by {written['logit_error']:.3g}; every other figure is of the trained model" in warned
+    cut = {
+        line["layer"]: (line["from"], line["to"]) for line in changes if "layer" in line and line["kind"] == "export"
+    }
+    assert all(folded[name] == before > after for name, (before, after) in cut.items())
+    final = folded | {name: after for name, (_, after) in cut.items()}
+    assert final == lost["ranks"]
+    costs = {layer.name: layer.shape.cost for layer in plan_.layers}
+    kept = unpadded_parameters(result.folder)
+    assert kept == sum(rank * costs[name] for name, rank in final.items()) <= plan_.budget
+    assert f"{kept:,} of {plan_.budget:,} parameters used" in (result.folder / "report.html").read_text()
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert [text for text in told if text.startswith("xgblora: 4 rounds of 3 steps, the last of 2; each trains 1 of 2")]
+    assert [text for text in told if text.startswith("step 3: round 1 of 4 ended")]
+    assert {check["id"]: check["status"] for check in result.health["checks"]}["schedule"] == "passed"
+    with torch.random.fork_rng():
+        base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    assert PeftModel.from_pretrained(base, result.folder).peft_config["default"].r == lost["max_rank"]
+
+    again = classification(**options, output_dir=str(tmp_path / "again"))
+    with pytest.raises(Killed):
+        train(again, killing_at(9))  # the last checkpoint is of step 8, in the middle of the third round
+    resumed = train(again)
+    assert_equal_adapters(result.folder, resumed.folder)
+    assert lines(resumed.folder / "ranks.jsonl") == changes
+
+
+def unpadded_parameters(folder: Path) -> int:
+    """Of the factors, the ranks that are not padding."""
+    stored = adapter(folder)
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in stored if "lora_A" in name]
+    return sum(int(stored[b].any(dim=0).sum()) * (stored[a].shape[1] + stored[b].shape[0]) for a, b in pairs)
+
+
+def test_a_run_whose_rounds_were_kept_from_ending_is_exit_3(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rankwise.cli.main import main
+    from rankwise.methods.xgblora import BoostingSchedule
+
+    config = classification(method="xgblora", training={"max_steps": 4})
+    path = config.folder.parent / "run.yaml"
+    path.write_text(json.dumps(config.to_dict()))
+    monkeypatch.setattr(BoostingSchedule, "_close_round", lambda *_, **__: None)
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(path)])
+    assert left.value.code == 3
+    assert "health check 'schedule' failed" in capsys.readouterr().err
+    health = json.loads((config.folder / "health.json").read_text())
+    assert {check["id"]: check["status"] for check in health["checks"]}["schedule"] == "failed"
     assert json.loads((config.folder / "rankwise.json").read_text())["status"] == "failed"
     assert not (config.folder / "adapter_model.safetensors").exists()
 
@@ -282,6 +359,14 @@ def test_a_beamlora_run_whose_resets_never_come_ends_with_exit_code_3(
     assert [check["status"] for check in health["checks"] if check["id"] == "schedule"] == ["failed"]
     assert json.loads((folder / "rankwise.json").read_text())["status"] == "failed"
     assert not (folder / "adapter_model.safetensors").exists()
+
+
+def test_rounds_that_do_not_fit_the_run_are_refused_with_nothing_written(classification: MakeConfig) -> None:
+    config = classification(method="xgblora", xgblora={"rounds": 20}, training={"max_steps": 6})
+    for job in (plan, train):
+        with pytest.raises(ConfigError, match=r"xgblora\.rounds: 20 rounds do not fit in 6 optimizer steps"):
+            job(config)
+    assert not config.folder.exists()
 
 
 def test_a_composition_that_is_cut_short_goes_on_as_if_nothing_had_happened(causal: MakeConfig, tmp_path: Path) -> None:

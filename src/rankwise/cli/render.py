@@ -41,7 +41,6 @@ _TONES = {
     "failed": "bold red",
     "wrong": "bold red",
     "refuses": "red",
-    "coming": "dim",
 }
 
 

@@ -22,11 +22,13 @@ class CompressedAdapter:
         discarded: by layer that had more ranks, the relative error of its update, sqrt(sum of discarded sigma^2) over
             its norm, in [0, 1].
         total: the same over all layers of the adapter together.
+        ranks: by layer, what is left.
     """
 
     max_rank: int
     discarded: Mapping[str, float]
     total: float
+    ranks: Mapping[str, int]
 
     @property
     def lossy(self) -> bool:
@@ -70,5 +72,7 @@ def compress_adapter(folded: FoldedAdapter, max_rank: int) -> tuple[FoldedAdapte
             layers[name] = FoldedLayer(layer.shape, kept.lora_A, kept.lora_B, scaling=1.0)
             discarded[name] = kept.discarded
             lost += (kept.discarded * norm) ** 2
-    told = CompressedAdapter(max_rank=max_rank, discarded=discarded, total=(lost / whole) ** 0.5 if whole > 0 else 0.0)
-    return replace(folded, layers=layers, notes=(*folded.notes, *told.notes)), told
+    found = replace(folded, layers=layers)
+    total = (lost / whole) ** 0.5 if whole > 0 else 0.0
+    told = CompressedAdapter(max_rank=max_rank, discarded=discarded, total=total, ranks=found.ranks)
+    return replace(found, notes=(*folded.notes, *told.notes)), told

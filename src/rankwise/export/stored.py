@@ -11,7 +11,7 @@ from rankwise.adapters.checkpoint import WEIGHTS_FILE
 from rankwise.adapters.state import STATE_FILE, FoldState
 from rankwise.errors import ArtifactError
 
-__all__ = ["refuse_unfinished", "stored_cast_errors", "stored_state", "what_to_fold"]
+__all__ = ["refuse_unfinished", "stored_budget", "stored_cast_errors", "stored_state", "what_to_fold"]
 
 # Written by training/marker.py and workflows/run_folder.py, higher layers.
 _MARKER, _FORMAT, _RUN_FORMAT = "rankwise.json", "rankwise-checkpoint", "rankwise-run"
@@ -68,8 +68,9 @@ def what_to_fold(folder: Path) -> tuple[str, ...]:
     """
     path = folder / STATE_FILE
     state = FoldState.load(path) if path.is_file() else FoldState()
-    found = {key for key in _KINDS if getattr(state, key)}
-    if _layers_with_offset(_checkpoint_marker(folder)):
+    marker = _checkpoint_marker(folder)
+    found = {key for key in _KINDS if getattr(state, key)} | _folded_kinds(marker)
+    if _layers_with_offset(marker):
         found.add("offsets")
     return tuple(words for key, words in _KINDS.items() if key in found)
 
@@ -87,12 +88,24 @@ def stored_cast_errors(folder: Path) -> dict[str, float]:
     return errors
 
 
+def stored_budget(folder: Path) -> int | None:
+    """The most parameters that the method of a checkpoint lets an export have; None for all, and without a marker.
+
+    Raises:
+        ArtifactError: no number.
+    """
+    budget = _checkpoint_marker(folder).get("export_budget")
+    if budget is None or (isinstance(budget, int) and budget >= 0):
+        return budget
+    raise ArtifactError(f"{folder / _MARKER}: export_budget is {budget!r}, no number; export another checkpoint.")
+
+
 def stored_state(folder: Path) -> FoldState | None:
     """The state file of an adapter folder, None if it has none and needs none.
 
     Raises:
-        ArtifactError: a checkpoint whose start is subtracted, and the file is missing, incomplete or another
-            checkpoint's.
+        ArtifactError: a checkpoint whose start is subtracted, or which trained beside gates or boosters, and the file
+            is missing, incomplete or another checkpoint's.
     """
     path, marker = folder / STATE_FILE, _checkpoint_marker(folder)
     if path.is_file():
@@ -104,6 +117,12 @@ def stored_state(folder: Path) -> FoldState | None:
         raise ArtifactError(
             f"{folder}: {lost}: this checkpoint was trained beside an offset (lora-ga's start), and without it the "
             "adapter would be wrong. Put the run's own file back, or export another checkpoint of the run."
+        )
+    if state is None and (kinds := _folded_kinds(marker)):
+        raise ArtifactError(
+            f"{folder}: {STATE_FILE} is missing: this checkpoint was trained beside {' and '.join(sorted(kinds))}, and "
+            "without them the adapter would be wrong. Put the run's own file back, or export another checkpoint of "
+            "the run."
         )
     return state
 
@@ -125,6 +144,13 @@ def _json(path: Path) -> Mapping[str, object]:
 def _layers_with_offset(marker: Mapping[str, object]) -> list[str]:
     offset = marker.get("offset")
     return [str(name) for name in offset.get("layers", [])] if isinstance(offset, dict) else []
+
+
+def _folded_kinds(marker: Mapping[str, object]) -> set[str]:
+    """What the schedule kept beside the factors, by the keys of `_KINDS`."""
+    schedule = marker.get("schedule")
+    kinds = schedule.get("folds", []) if isinstance(schedule, dict) else []
+    return {str(kind) for kind in kinds} & _KINDS.keys() if isinstance(kinds, list) else set()
 
 
 def _refuse_another(path: Path, marker: Mapping[str, object]) -> None:

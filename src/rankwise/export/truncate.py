@@ -48,7 +48,7 @@ def truncate_adapter(folded: FoldedAdapter, budget: int) -> tuple[FoldedAdapter,
     everything = [value for found in values.values() for value in found]
     lost = [value for name, found in values.items() for value in found[ranks[name] :]]
     total = _share(lost, everything)
-    told = CompressedAdapter(max_rank=max(ranks.values()), discarded=discarded, total=total)
+    told = CompressedAdapter(max_rank=max(ranks.values()), discarded=discarded, total=total, ranks=ranks)
     note = (
         f"{'warning: ' if total > _MUCH else ''}max_rank auto: {spent} parameters were trained and the budget is "
         f"{budget}: {sum(len(found) for found in values.values())} ranks became {sum(ranks.values())}, which discards "

@@ -31,7 +31,8 @@ from rankwise.export.staging import (
     sync_folder,
     write_extra_files,
 )
-from rankwise.export.stored import refuse_unfinished, stored_cast_errors, stored_state
+from rankwise.export.stored import refuse_unfinished, stored_budget, stored_cast_errors, stored_state
+from rankwise.export.truncate import truncate_adapter
 from rankwise.export.verify import Batch, Verification, cast_notes, compare_logits, verify
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.shapes import LayerShape
@@ -64,8 +65,8 @@ class ExportReport:
         verification: the measured figures; None for merged weights, which are compared bit for bit instead.
         logit_error: the largest difference of logits relative to the largest logit, None if not measured.
         notes: what the user should know.
-        compression: what `max_rank` discarded, None if it was not asked for. The verification is then against the
-            compressed update, while `logit_error` is still against the trained model, without a bound.
+        compression: what `max_rank` or `budget` discarded, None if nothing had to be. The verification is then against
+            the compressed update, while `logit_error` is still against the trained model, without a bound.
     """
 
     folder: Path
@@ -104,6 +105,7 @@ def export_adapter(
     state: FoldState | None = None,
     offset: LiveOffset | None = None,
     max_rank: int | None = None,
+    budget: int | None = None,
     dtype: torch.dtype | str | None = None,
     consumers: Sequence[str] = (),
     batch: Batch | None = None,
@@ -126,6 +128,8 @@ def export_adapter(
         offset: the live offset of a start that is subtracted again, if there is one: where it moved the base weights,
             they are as found while the written file is held against them.
         max_rank: the most ranks a layer may have in the file; what that discards is measured and told.
+        budget: without `max_rank`, the most parameters that lora_A and lora_B of all layers may have together: the
+            smallest singular values for their parameters go first, measured and told alike. `merged` keeps every rank.
         dtype: float32, bfloat16 or float16 of the factors (default float32), or of the merged weights (default: the
             base's own).
         consumers: values of `export --for` that must load the file and compute the same.
@@ -161,7 +165,7 @@ def export_adapter(
         reference = None if batch is None or fresh is None else computed_logits(model, batch)
         with _base_as_found(offset):
             return _write_merged(job, folded, model.get_base_model(), fresh, batch, reference)
-    folded, compression = _compressed(folded, max_rank)
+    folded, compression = _compressed(folded, max_rank, budget)
 
     def check(stage: Path) -> Verification:
         return verify(
@@ -186,6 +190,7 @@ def export_folder(
     layout: Layout = "uniform",
     state: FoldState | None = None,
     max_rank: int | None = None,
+    budget: int | None = None,
     dtype: torch.dtype | str | None = None,
     consumers: Sequence[str] = (),
     base: nn.Module | None = None,
@@ -207,6 +212,7 @@ def export_folder(
         layout: uniform (serves right everywhere), compact, per_rank or merged.
         state: replaces what rankwise_state.safetensors says.
         max_rank: the most ranks a layer may have in the file; what that discards is measured and told.
+        budget: as `export_adapter`; by default what the checkpoint's method keeps its exports to, if it does.
         dtype: float32, bfloat16 or float16 of the factors (default float32), or of the merged weights (default: the
             base's own).
         consumers: values of `export --for` that must load the file and compute the same.
@@ -246,7 +252,8 @@ def export_folder(
         if job.layout == "merged":
             stack.close()  # the base carries the merged weights next
             return _write_merged(job, folded, base, fresh or base, batch, reference)
-        folded, compression = _compressed(folded, max_rank)
+        budget = stored_budget(source) if budget is None else budget
+        folded, compression = _compressed(folded, max_rank, budget)
 
         def check(stage: Path) -> Verification:
             return verify(
@@ -277,8 +284,12 @@ def _check_max_rank(job: "_Job", max_rank: int | None) -> None:
         raise ConfigError("max_rank: merged weights hold every rank; leave max_rank out, or export an adapter layout.")
 
 
-def _compressed(folded: FoldedAdapter, max_rank: int | None) -> tuple[FoldedAdapter, CompressedAdapter | None]:
-    return (folded, None) if max_rank is None else compress_adapter(folded, max_rank)
+def _compressed(
+    folded: FoldedAdapter, max_rank: int | None, budget: int | None
+) -> tuple[FoldedAdapter, CompressedAdapter | None]:
+    if max_rank is not None:
+        return compress_adapter(folded, max_rank)
+    return (folded, None) if budget is None else truncate_adapter(folded, budget)
 
 
 def _source_adapter(

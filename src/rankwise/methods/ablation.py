@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -34,6 +34,9 @@ Slots = Mapping[str, Sequence[int]]
 """By layer, the live slots to score; all other ranks keep their mask."""
 Patches = Mapping[nn.Module, Callable[..., Any]]
 """What modules compute by in place of their own forward."""
+
+_POSITIONS_AT_ONCE: Final = 2048
+"""Positions of a batch that keep a processor busy: more of them in one pass only leave its caches (measured)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,6 +160,7 @@ class Ablation:
         self._shifted: bool | None = None
         self._dims: dict[str, int] = {}
         self._bytes_each = memory_bytes
+        self._positions = self._rows_seen = 1
         self._row_seconds = 0.0
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._passes, self._sequences = 0, 0.0
@@ -173,8 +177,16 @@ class Ablation:
 
     @property
     def shared(self) -> int:
-        """How many ablations share one pass."""
-        return 1 if self._shifted is None else max(1, self._memory_bytes // self._bytes_each)
+        """How many ablations share one pass over a batch as `prepare` saw it."""
+        return self._shared(self._rows_seen)
+
+    def _shared(self, rows: int) -> int:
+        """How many share one over so many rows: as many as memory allows, and on a processor as are of use."""
+        if self._shifted is None:
+            return 1
+        fitting = max(1, self._memory_bytes * self._rows_seen // (self._bytes_each * rows))
+        useful = max(1, _POSITIONS_AT_ONCE * self._rows_seen // (self._positions * rows))
+        return min(fitting, useful) if self._device.type == "cpu" else fitting
 
     @property
     def by_rows(self) -> bool:
@@ -358,7 +370,7 @@ class Ablation:
                     losses[row, -1] = self._sums(batch, 1)[0]
         before: list[Any] = [None, None]
         for index, names in self._stages(slots):
-            for chunk in self._chunks(slots, names):
+            for chunk in self._chunks(slots, names, _rows(batch)):
                 for row in (0, 1):
                     if turn % world_size() == process_index():
                         found = self._ablated(batch, index, before[row], chunk, row)
@@ -377,11 +389,12 @@ class Ablation:
         for index in range(len(self._blocks)):
             yield index, [name for name, own in placed.items() if own == index]
 
-    def _chunks(self, slots: Slots, names: Sequence[str]) -> Iterator[list[tuple[str, int]]]:
+    def _chunks(self, slots: Slots, names: Sequence[str], rows: int) -> Iterator[list[tuple[str, int]]]:
         """Ranks that share a pass; those of layers that do not see whole samples take one each."""
         together = [(name, slot) for name in names if name in self._dims for slot in slots[name]]
-        for start in range(0, len(together), self.shared):
-            yield together[start : start + self.shared]
+        shared = self._shared(rows)
+        for start in range(0, len(together), shared):
+            yield together[start : start + shared]
         yield from ([(name, slot)] for name in names if name not in self._dims for slot in slots[name])
 
     def _ablated(
@@ -484,9 +497,11 @@ class Ablation:
             losses = token_losses(logits, labels, shifted=shifted)
             counted = int(((labels[:, 1:] if shifted else labels) != -100).sum())
             apart[shifted] = abs(float(losses.cpu().double().sum()) / max(1, counted) - own)
+        tokens = [one.numel() for one in batch.values() if isinstance(one, Tensor) and not one.is_floating_point()]
+        self._positions, self._rows_seen = max(1, *tokens), _rows(batch)
         widest = max(layer.base.shape.cost for layer in self._layers.values())
         # A rough peak: logits and log-probabilities in float32, and a few vectors of the widest layer, a position.
-        self._bytes_each = 4 * labels.numel() * (3 * logits.shape[-1] + 4 * widest)
+        self._bytes_each = 4 * (3 * labels.numel() * logits.shape[-1] + 4 * self._positions * widest)
         best = min(apart, key=lambda shifted: apart[shifted])
         return best if apart[best] <= 1e-3 * max(1.0, abs(own)) else None
 

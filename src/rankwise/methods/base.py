@@ -176,6 +176,18 @@ class Method:
         """
         return None
 
+    def live_budget(self, budget: Budget) -> Budget:
+        """The budget as what is trained at once sees it: the run's, or one with another alpha (allocate slot)."""
+        return budget
+
+    def export_budget(self, budget: int) -> int | None:
+        """The most lora_A and lora_B parameters of an export whose training may leave more; None for all (schedule).
+
+        Args:
+            budget: the plan's, normally those of a uniform rank `r`.
+        """
+        return None
+
     def allocate(
         self, layers: Sequence[LayerShape], budget: Budget, statistics: GradientStatistics | None
     ) -> Allocation:

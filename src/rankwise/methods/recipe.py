@@ -7,14 +7,13 @@ from typing import Literal, Self
 from rankwise.errors import RecipeError
 from rankwise.methods.base import Budget, Method, Slot
 from rankwise.methods.lora import LoRA
-from rankwise.methods.registry import METHODS, RESERVED, method_class, method_from_id
+from rankwise.methods.registry import METHODS, method_class, method_from_id
 
 __all__ = [
     "LORA_OPTIONS",
     "METHODS",
     "REFUSALS",
     "REMARKS",
-    "RESERVED",
     "Recipe",
     "Refusal",
     "Remark",
@@ -72,7 +71,7 @@ class Recipe:
         """A recipe from one method, one id, or a list of either.
 
         Raises:
-            RecipeError: for an unknown or reserved id, or methods that do not go together.
+            RecipeError: for an unknown id, or methods that do not go together.
         """
         if isinstance(methods, Recipe):
             return cls(methods.methods)

@@ -16,34 +16,27 @@ from rankwise.methods.lora_pro import LoRAPro
 from rankwise.methods.lora_rite import LoRARITE
 from rankwise.methods.rora import RoRA
 from rankwise.methods.sora import SoRA
+from rankwise.methods.xgblora import XGBLoRA
 
-__all__ = ["METHODS", "RESERVED", "method_class", "method_from_id"]
+__all__ = ["METHODS", "method_class", "method_from_id"]
 
 METHODS: Mapping[str, type[Method]] = {
-    method.id: method for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, ABLoRA, SoRA, BeamLoRA)
+    method.id: method
+    for method in (LoRA, GoRA, RoRA, LoRAGA, LoRAPro, LoRARITE, GGPO, MGPO, ABLoRA, SoRA, BeamLoRA, XGBLoRA)
 }
-
-RESERVED: Mapping[str, str] = {
-    "xgblora": "XGBLoRA, arXiv 2410.19694",
-}
-"""Ids of methods that later versions bring."""
 
 
 def method_class(method_id: str) -> type[Method]:
     """The class behind an id.
 
     Raises:
-        RecipeError: if the id is reserved for a later version or unknown; the nearest name and all ids are told.
+        RecipeError: if the id is unknown; the nearest name and all ids are told.
     """
     known = METHODS.get(method_id)
     if known is not None:
         return known
-    if method_id in RESERVED:
-        raise RecipeError(
-            f"method: {method_id} ({RESERVED[method_id]}) is not yet in this version; use one of {', '.join(METHODS)}"
-        )
     plain = str(method_id).lower().replace("_", "-")
-    near = difflib.get_close_matches(plain, [*METHODS, *RESERVED], n=1)
+    near = difflib.get_close_matches(plain, METHODS, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise RecipeError(f"method: {method_id!r} is not known{hint}; use one of {', '.join(METHODS)}")
 
@@ -57,7 +50,7 @@ def method_from_id(method_id: str, settings: Mapping[str, object] | None = None,
         preset: a name of the method's `presets`, or None.
 
     Raises:
-        RecipeError: for an unknown or reserved id.
+        RecipeError: for an unknown id.
         ConfigError: for an unknown preset, unknown settings (nearest names, all at once) or values out of range.
     """
     kind = method_class(method_id)

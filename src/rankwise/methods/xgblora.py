@@ -153,6 +153,10 @@ class XGBLoRA(Method):
         """The budget as the adapter in training sees it: with the boosters' own alpha."""
         return replace(budget, lora_alpha=float(self.booster_alpha))
 
+    def export_budget(self, budget: int) -> int | None:
+        """The plan's with `max_rank: auto`: boosters add up to more ranks than a plan of `r` holds."""
+        return budget if self.max_rank == "auto" else None
+
     def allocate(
         self, layers: Sequence[LayerShape], budget: Budget, statistics: GradientStatistics | None
     ) -> Allocation:
@@ -195,8 +199,13 @@ class XGBLoRA(Method):
     def notes(self, ranks: Mapping[str, int], budget: Budget) -> tuple[str, ...]:
         """What is trained at once, and what r and lora_alpha mean here."""
         exported = f"at most {budget.parameters} parameters, those of a uniform rank {budget.r}"
+        given = {rank for rank in ranks.values() if rank}
+        own = not given or (given == {self.booster_rank} and budget.lora_alpha == self.booster_alpha)
         told: tuple[str, ...] = (
-            f"xgblora: a booster has rank {self.booster_rank} and alpha {self.booster_alpha:g}; lora_alpha is not used",
+            f"xgblora: a booster has rank {self.booster_rank} and alpha {self.booster_alpha:g}; lora_alpha is not used"
+            if own
+            else f"xgblora: a booster has the ranks of the plan, {min(given)} to {max(given)}, and its alpha "
+            f"{budget.lora_alpha:g}; booster_rank and booster_alpha are not used",
             f"xgblora: ranks add up over the rounds; what is exported has {exported}"
             if self.max_rank == "auto"
             else "xgblora: max_rank none exports every rank that the rounds add up to, which may be far above r",
@@ -314,7 +323,8 @@ class BoostingSchedule(SteadyRanks):
         self._names = tuple(self._blocks)
         self._count = layers_per_round(len(self._names), method.layers_fraction, method.layers_per_round)
         ranks = {name: layer.rank for name, layer in self._layers.items()}
-        self._gates = RankGates(scene.model, self._layers, {name: torch.zeros(rank) for name, rank in ranks.items()})
+        shut = {name: torch.zeros(rank) for name, rank in ranks.items()}
+        self._gates = RankGates(scene.model, self._layers, shut, beside=self.fold_state)
         self._boosters = Boosters(self._layers, {})
         self._gates.add_module("boosters", self._boosters)
         self._optimizer: Optimizer | None = None
@@ -345,7 +355,8 @@ class BoostingSchedule(SteadyRanks):
             self._lay_out(max_steps, *round_layout(max_steps, self._method.rounds, self._method.round_steps))
             self._allocate()
             self._enter(1)
-            self._record("round", 1, f"round 1 of {self._rounds} trains {self._shown(self._drawn(1))}", self._drawn(1))
+            # Of all layers: those that no round draws end at rank 0.
+            self._record("round", 1, f"round 1 of {self._rounds} trains {self._shown(self._drawn(1))}", self._layers)
 
     def before_step(self, step: int) -> None:
         """Nothing: gates change between steps only."""
@@ -399,12 +410,14 @@ class BoostingSchedule(SteadyRanks):
         draws = [self._draw(number) for number in range(1, rounds + 1)]
         room = capacities(draws, {name: layer.rank for name, layer in self._layers.items()})
         sizes = [room.get(name, 0) for name in self._layers]
+        costs = [layer.base.shape.cost for layer in self._layers.values()]
+        trained = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
         return (
             f"xgblora: {rounds} rounds of {kappa} steps"
             + (f", the last of {max_steps - (rounds - 1) * kappa}" if max_steps % kappa else "")
             + f"; each trains {self._count} of {len(self._names)} {self._unit()}",
             f"xgblora: the boosters of a layer add up to a rank of {sum(sizes) / len(sizes):.1f} on average, "
-            f"{max(sizes)} at most",
+            f"{max(sizes)} at most, {trained} parameters in all",
             *self._warnings(rounds, kappa, draws),
         )
 
@@ -423,8 +436,15 @@ class BoostingSchedule(SteadyRanks):
         return self._warnings(self._rounds, self._round_steps, draws) if self._rounds else ()
 
     def fault(self) -> ScheduleFault | None:
-        """All rounds ended and no booster was worth keeping."""
-        if self._folded or self._open or not self._empty + self._discarded:
+        """A round that never ended though its steps are over, or no booster that is worth keeping."""
+        due = self._end_of(self._round)
+        if self._open and (not self._step or self._step >= due):
+            return ScheduleFault(
+                f"round {self._round} of {self._rounds} ends at step {due} and is still open after {self._step}",
+                "call session.after_step in every step, with the step's number",
+            )
+        live = (gathered(self._layers[name].lora_B) for name in sorted(self._selected()))
+        if self._folded or any(bool(lora_B.any()) for lora_B in live):
             return None
         return ScheduleFault(
             f"of {self._rounds} rounds {self._empty} ended with lora_B of every layer still zero and "

@@ -270,7 +270,8 @@ def _prepare(
     targets = resolve_targets(model, target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save)
     recipe.check(_situation(targets.layers, calibration))
     shapes = [layer.shape for layer in targets.layers]
-    budget = Budget(r=r, lora_alpha=float(lora_alpha), parameters=uniform_budget(shapes, r))
+    said = Budget(r=r, lora_alpha=float(lora_alpha), parameters=uniform_budget(shapes, r))
+    budget = recipe.allocate.live_budget(said)
     check_finite_weights(targets.layers, model)
     return _Job(model, recipe, targets.layers, budget, seed, _identity(model), targets.notes, calibration)
 

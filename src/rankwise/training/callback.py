@@ -181,9 +181,7 @@ class SessionCallback(TrainerCallback):
                 f"stopped by a signal after step {state.global_step} of {state.max_steps}; {folder.name} is complete: "
                 "start the same command again to go on from it"
             )
-        self.session.end(state.global_step)
-        if args.load_best_model_at_end and state.best_model_checkpoint:
-            self.session.take_back(state.best_model_checkpoint)
+        self.session.end(state.global_step, best=state.best_model_checkpoint if args.load_best_model_at_end else None)
         self._send_changes(state)
         self._save_health()
         self._send("end", state)

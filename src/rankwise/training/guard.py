@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from rankwise.adapters.attach import AdaptedLayer
 from rankwise.adapters.gates import CONTAINER, live_gates
-from rankwise.adapters.state import FactorPair
+from rankwise.adapters.state import FoldState
 from rankwise.calibration.processes import process_index
 from rankwise.errors import ConfigError, HealthError
 from rankwise.linalg.factors import product_norm, stack
@@ -72,7 +72,8 @@ class Guard:
         model: the attached model.
         calibrated: calibration batches in which every layer was seen to have a gradient; 0 if there were none.
         unreached: layers that calibration was allowed to miss; the first step may miss them too.
-        offsets: by layer, the start that is subtracted again: a layer that stayed there holds no update.
+        beside: what stands beside the factors now: a layer that stayed at the start that is subtracted again holds no
+            update, one whose gates are closed holds what its boosters add up to.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class Guard:
         *,
         calibrated: int = 0,
         unreached: Collection[str] = (),
-        offsets: Mapping[str, FactorPair] | None = None,
+        beside: Callable[[], FoldState] = FoldState,
     ) -> None:
         self._layers = layers
-        self._offsets = offsets or {}
+        self._beside = beside
         self._unreached = frozenset(unreached)
         self._model = model
         self._checks: dict[str, HealthCheck] = {}
@@ -323,12 +324,13 @@ class Guard:
         )
 
     def _movement(self) -> dict[str, bool]:
-        """Which layers' factors were ever seen to differ from the start."""
-        for name, (lora_A, lora_B) in self._start.items():
-            layer = self._layers[name]
-            if not self._moved.get(name, False):
-                same = torch.equal(_copy(layer.lora_A), lora_A) and torch.equal(_copy(layer.lora_B), lora_B)
-                self._moved[name] = not same
+        """Which layers' factors were ever seen to differ from the start, or were folded into a booster."""
+        still = [name for name in self._start if not self._moved.get(name, False)]
+        boosted = self._beside().boosters if still else {}
+        for name in still:
+            (lora_A, lora_B), layer = self._start[name], self._layers[name]
+            same = torch.equal(_copy(layer.lora_A), lora_A) and torch.equal(_copy(layer.lora_B), lora_B)
+            self._moved[name] = name in boosted or not same
         return dict(self._moved)
 
     def _check_movement(self, step: int) -> None:
@@ -367,12 +369,11 @@ class Guard:
 
     def _check_updates(self) -> None:
         exercised = self.gradients.exercised()
-        found = live_gates(self._model)
-        gates = {} if found is None else found.effective()
-        pruned = [name for name, gate in gates.items() if not bool(gate.any())]
+        state = self._beside()
+        pruned = [n for n, gate in state.gates.items() if n not in state.boosters and not bool(gate.any())]
         due = [name for name in self._layers if exercised[name] and name not in pruned]
         idle = [name for name in self._layers if not exercised[name] and name not in pruned]
-        norms = {n: _update_norm(self._layers[n], self._offsets.get(n), gates.get(n)) for n in due}
+        norms = {n: _update_norm(self._layers[n], state) for n in due}
         empty = [name for name, norm in norms.items() if not norm > 0 or not math.isfinite(norm)]
         nothing = self.gradients.steps > 0 and not due and not pruned
         failed = bool(empty) or nothing
@@ -384,7 +385,7 @@ class Guard:
         if idle and not nothing:
             message += f"; not exercised, because no gradient reached them: {len(idle)} layers ({_some(idle)})"
         if pruned:
-            message += f"; all ranks of {len(pruned)} layers were pruned ({_some(pruned)})"
+            message += f"; {len(pruned)} layers end without a rank that counts ({_some(pruned)})"
         if len(pruned) == len(self._layers):
             message = "every rank of every layer was pruned: the adapter equals the base model"
         self.settle(
@@ -451,13 +452,18 @@ def _copy(parameter: Tensor) -> Tensor:
     return local(parameter.detach()).to("cpu", copy=True)
 
 
-def _update_norm(layer: AdaptedLayer, offset: FactorPair | None, gate: Tensor | None = None) -> float:
-    """||s B g A||, or ||s (B g A - B0 A0)|| with an offset, where what rounding leaves of a start that stayed is 0."""
+def _update_norm(layer: AdaptedLayer, state: FoldState) -> float:
+    """||s (B g A + B_acc A_acc - B0 A0)||, of which what rounding leaves of a start that stayed is 0."""
     lora_A, lora_B = (
         (p.full_tensor() if isinstance(p, DTensor) else p).detach().float() for p in (layer.lora_A, layer.lora_B)
     )
+    gate, booster = state.gates.get(layer.name), state.boosters.get(layer.name)
+    offset = state.offsets.get(layer.name)
     if gate is not None:
         lora_A = gate.to(lora_A.device)[:, None] * lora_A
+    if booster is not None:
+        lora_A = torch.cat([lora_A, booster.lora_A.to(lora_A)])
+        lora_B = torch.cat([lora_B, booster.lora_B.to(lora_B)], dim=1)
     if offset is None:
         return abs(layer.scaling) * product_norm(lora_A, lora_B)
     start = (offset.lora_A.to(lora_A), offset.lora_B.to(lora_B))

@@ -139,7 +139,7 @@ class Session:
             model,
             calibrated=calibration.batches if calibration else 0,
             unreached=calibration.unreached if calibration else (),
-            offsets=self.fold_state.offsets,
+            beside=lambda: self.fold_state,
         )
         self._precision = KeptPrecision(model)
         self._sample = Sample(model)
@@ -167,6 +167,11 @@ class Session:
         state = FoldState() if self.schedule is None else self.schedule.fold_state()
         return state if self.offset is None else replace(state, offsets=self.offset.pairs)
 
+    @property
+    def export_budget(self) -> int | None:
+        """The most lora_A and lora_B parameters of an export, where the schedule trains more; None for all."""
+        return None if self.recipe.schedule is None else self.recipe.schedule.export_budget(self.plan.budget)
+
     def optimizers(self, args: object, num_training_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The run's optimizer and its learning-rate schedule, as `Trainer(optimizers=...)` takes them.
 
@@ -184,6 +189,8 @@ class Session:
         """
         self.keep_precision()
         self.recipe.check(situation_of_arguments(args))
+        if self.schedule is not None:
+            self.schedule.outlook(num_training_steps)  # refuses what does not fit the run
         method = self.recipe.optimize
         if method is None:
             built = adamw_and_scheduler(self.model, args, num_training_steps, self.schedule)
@@ -375,14 +382,22 @@ class Session:
         """
         self.health.logged(step, values)
 
-    def end(self, step: int) -> None:
+    def end(self, step: int, *, best: str | os.PathLike[str] | None = None) -> None:
         """After the last step: the schedule finishes, then the guard proves that something was trained.
+
+        Args:
+            step: optimizer steps made.
+            best: the checkpoint whose factors the trainer loaded in place of the last ones, if it did: what stands
+                beside them is taken back too, before the schedule finishes with what the model then holds.
 
         Raises:
             HealthError: it was not.
+            CheckpointError: `best` has no state of this schedule.
         """
         if self.schedule is not None:
             self._check_schedule()
+            if best is not None:
+                self.take_back(best)
             self.schedule.end(step)
             self._note_events()
             if self._ranks and not any(self._ranks.values()):
@@ -496,8 +511,8 @@ class Session:
         from rankwise.export.write import export_adapter
 
         def write() -> "ExportReport":
-            given = {"state": self.fold_state, "offset": self.offset, "plan": self.plan, **options}
-            return export_adapter(self.model, folder, layout=layout, **given)
+            kept = {"state": self.fold_state, "offset": self.offset, "plan": self.plan, "budget": self.export_budget}
+            return export_adapter(self.model, folder, layout=layout, **{**kept, **options})
 
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         if world_size() == 1 or sharded:  # gathering what is sharded takes every process

@@ -257,7 +257,8 @@ def read_training_state(session: Session, folder: Path, optimizer: Any, schedule
 
 
 def _content(session: Session, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    offset, owner = session.offset, session.recipe.schedule
+    offset, owner, kept = session.offset, session.recipe.schedule, session.fold_state
+    folds = [kind for kind in ("gates", "boosters") if getattr(kept, kind)]
     return {
         "step": session.step,
         "plan": json.loads(session.plan.to_json()),
@@ -269,7 +270,10 @@ def _content(session: Session, values: Mapping[str, Any], tensors: Mapping[str, 
         "offset": None
         if offset is None
         else {"place": offset.place, "layers": sorted(offset.pairs), "cast_errors": offset.cast_errors},
-        "schedule": None if owner is None else {"id": owner.id, "values": dict(values), "tensors": sorted(tensors)},
+        "schedule": None
+        if owner is None
+        else {"id": owner.id, "values": dict(values), "tensors": sorted(tensors), "folds": folds},
+        "export_budget": session.export_budget,
         "health": session.health.state_dict(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),

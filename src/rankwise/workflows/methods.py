@@ -4,29 +4,24 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, get_type_hints
 
 from rankwise.methods.base import Method, Slot
-from rankwise.methods.recipe import METHODS, RESERVED, method_class
+from rankwise.methods.recipe import METHODS, method_class
 
 __all__ = ["describe_method", "describe_methods"]
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """One dict a method: those of this version first, then the names that later versions bring.
+    """One dict a method.
 
     `learning_rate` holds the recommended low end, default and high end under `optimizer`.
     """
-    ready = [_summary(method) for method in METHODS.values()]
-    coming = [
-        {"id": method_id, "title": title, "source": title.rpartition(", ")[2], "state": "coming"}
-        for method_id, title in RESERVED.items()
-    ]
-    return [*ready, *coming]
+    return [_summary(method) for method in METHODS.values()]
 
 
 def describe_method(method_id: str) -> dict[str, Any]:
     """One method with its settings, presets and recommended learning rates.
 
     Raises:
-        RecipeError: if the id is unknown (the nearest is named) or belongs to a later version.
+        RecipeError: if the id is unknown (the nearest is named).
     """
     method = method_class(method_id)
     hints = get_type_hints(method)

@@ -62,7 +62,7 @@ def _made(config: RunConfig, plan: RankPlan, recipe: Recipe, sources: Mapping[Pa
     train = sources["train"]
     rows = [
         ("method", titles),
-        ("ranks", f"{min(ranks)} to {max(ranks)} over {len(ranks)} layers"),
+        ("planned ranks", f"{min(ranks)} to {max(ranks)} over {len(ranks)} layers"),
         ("budget", f"{plan.parameters:,} of {plan.budget:,} parameters (a uniform rank of {plan.r})"),
         ("training data", f"{train.source}, {train.rows:,} rows, SHA-256 {train.sha256[:16]}"),
         ("learning rate", f"{config.learning_rate:g}"),

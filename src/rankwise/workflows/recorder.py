@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +68,26 @@ class Recorder:
         elif event.kind == "end":
             self._listener(PhaseDone(phase="training", seconds=self.seconds, detail=self._detail))
 
-    def _ranks_changed(self, event: "TrainingEvent") -> None:
+    def cut(self, step: int, trained: Mapping[str, int], exported: Mapping[str, int]) -> None:
+        """Notes the layers that the final adapter holds with other ranks than were trained.
+
+        Args:
+            step: the last one.
+            trained: by layer, the ranks that the schedule left.
+            exported: those in the file.
+        """
+        about = {"step": step, "kind": "export", "reason": "the export keeps to the budget"}
+        sums = {"ranks": float(sum(trained.values())), "exported": float(sum(exported.values()))}
+        moved = {name: rank for name, rank in trained.items() if exported[name] != rank}
+        lines = [{**about, "layer": name, "from": rank, "to": exported[name]} for name, rank in moved.items()]
+        self._write([{**about, "figures": sums}, *lines])
+
+    def _write(self, changes: Sequence[Mapping[str, Any]]) -> None:
         with self._changes.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(_finite(dict(change))) + "\n" for change in event.changes)
+            stream.writelines(json.dumps(_finite(dict(change))) + "\n" for change in changes)
+
+    def _ranks_changed(self, event: "TrainingEvent") -> None:
+        self._write(event.changes)
         for change in event.changes:
             if "layer" not in change:
                 told = ", ".join(f"{name} {value:.4g}" for name, value in change["figures"].items())

@@ -187,7 +187,7 @@ class _Run:
             with self.phases.phase("evaluation", "Evaluating"):
                 figures = evaluate(self.job, self.session, trainer, recorder)
             if not self._elsewhere:
-                self._export(figures, scratch)
+                self._export(figures, scratch, recorder)
             return self._finish(figures)
         except (TrainingInterrupted, KeyboardInterrupt):
             self._status("interrupted")
@@ -291,7 +291,7 @@ class _Run:
             "log": [*(self.claimed.previous or {}).get("log", []), *self._log],
         }
 
-    def _export(self, figures: Mapping[str, object], scratch: Path) -> None:
+    def _export(self, figures: Mapping[str, object], scratch: Path, recorder: Recorder) -> None:
         """The final adapter, with its card and tokenizer; what was measured of it goes into the manifest."""
         job, session = self.job, self.session
         folder = scratch / "tokenizer"
@@ -318,6 +318,13 @@ class _Run:
             if exported.verification is not None:
                 detail.append(f"update error {exported.verification.update_error:.1e}")
         self.manifest["export"] = exported.to_dict()
+        lost = exported.compression
+        if lost is not None and session.schedule is not None:
+            recorder.cut(session.step, session.schedule.live_ranks(), lost.ranks)
+        if lost is not None and lost.lossy:
+            text = f"the exported adapter leaves out {lost.total:.3g} of the norm of what was trained"
+            moved = "" if exported.logit_error is None else f", which changes the logits by {exported.logit_error:.3g}"
+            self.listener(Note(text=f"{text}{moved}; every other figure is of the trained model", level="warning"))
 
     def _finish(self, figures: Mapping[str, object]) -> TrainResult:
         """The last files; the run counts as finished once its report is there."""
