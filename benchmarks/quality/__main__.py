@@ -1,17 +1,21 @@
 """Runs of the quality benchmark, one JSON each (`run`), and the tables of docs/benchmark.md from them (`summary`)."""
 
 import argparse
+import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, Arm
+from benchmarks.quality.arms import ARMS, Arm, Started
 from benchmarks.quality.bfloat16 import bfloat16_products
 from benchmarks.quality.records import Record, environment, load_all, pack, save
 from benchmarks.quality.schedule import best_rate, grid_left, seeds_left
 from benchmarks.quality.setting import Bench, evaluate, load_bench, train
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,13 +81,14 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
     clock.append(time.perf_counter())
     losses = train(started.model, bench, rate, seed, started.session, arm.steps)
     clock.append(time.perf_counter())
-    validation = pack(evaluate(started.model, bench.validation, None, bench), rows=False)
+    changes = [] if started.session is None else list(started.session.drain_changes())
+    model, served = _served(started, bench) if changes else (started.model, {})
+    validation = pack(evaluate(model, bench.validation, None, bench), rows=False)
     found = Record({"validation": validation}).choice
     promising = all(found < record.choice for record in earlier if record.key[1] != rate)
-    test = pack(evaluate(started.model, bench.test, bench.test_order, bench), rows=True) if promising else None
+    test = pack(evaluate(model, bench.test, bench.test_order, bench), rows=True) if promising else None
     clock.append(time.perf_counter())
     plan = started.plan
-    changes = [] if started.session is None else list(started.session.drain_changes())
     return {
         "format": "rankwise-quality-run",
         "version": 1,
@@ -97,7 +102,7 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
         "lora_alpha": plan.lora_alpha,
         "steps": arm.steps,
         "ranks": plan.ranks,
-        **({"changes": changes} if changes else {}),
+        **({"served": served, "changes": changes} if changes else {}),
         "loss_first_10": sum(losses[:10]) / 10,
         "loss_last_20": sum(losses[-20:]) / 20,
         "validation": validation,
@@ -110,6 +115,25 @@ def one_run(arm: Arm, bench: Bench, rate: float, seed: int, earlier: Sequence[Re
         },
         **bench.identity,
         **environment(),
+    }
+
+
+def _served(started: Started, bench: Bench) -> tuple[nn.Module, dict[str, Any]]:
+    """A fresh encoder with the exported adapter, as stock PEFT loads it: it is what is scored where ranks moved."""
+    from peft import PeftModel
+
+    assert started.session is not None
+    with tempfile.TemporaryDirectory() as folder:
+        report = started.session.export(Path(folder) / "adapter", layout="compact")
+        model: nn.Module = PeftModel.from_pretrained(bench.fresh_model(), report.folder).eval()
+    live = {n: int(m.r["default"]) for n, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.r}
+    cost = {layer.shape.name: layer.shape.cost for layer in started.plan.layers}
+    ranks = {name.removeprefix("base_model.model."): rank for name, rank in live.items()}
+    return model, {
+        "ranks": ranks,
+        "parameters": sum(rank * cost[name] for name, rank in ranks.items()),
+        "logit_error": report.logit_error,
+        "discarded": None if report.compression is None else report.compression.total,
     }
 
 
