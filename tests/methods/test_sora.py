@@ -367,6 +367,27 @@ def test_a_resumed_run_goes_on_bit_for_bit(cut: int, tmp_path: Any) -> None:
     assert all(torch.equal(gate, gates[name]) for name, gate in whole.fold_state.gates.items())
 
 
+def test_changes_are_told_without_a_gap_wherever_a_run_goes_on(tmp_path: Any) -> None:
+    steps, method = 60, SoRA(target_density=0.5)
+    for cut in (11, 23, 37):
+        session = rw.attach(net(), method, r=4, lora_alpha=8, target_modules=["up", "down"], seed=0)
+        ranks = dict(session.plan.ranks)
+        optimizer, scheduler = session.optimizers(arguments(), steps)
+        walk(session, optimizer, scheduler, steps, last=cut)
+        folder = tmp_path / f"checkpoint-{cut}"
+        session.save(folder, optimizer=optimizer, scheduler=scheduler)
+        changes = list(session.drain_changes())
+        resumed = rw.resume(net(), folder)
+        optimizer, scheduler = resumed.optimizers(arguments(), steps)
+        resumed.restore(folder, optimizer, scheduler)
+        walk(resumed, optimizer, scheduler, steps, first=cut + 1)
+        for line in (*changes, *resumed.drain_changes()):
+            if "layer" in line:
+                assert line["from"] == ranks[line["layer"]]
+                ranks[line["layer"]] = line["to"]
+        assert ranks == resumed.schedule.live_ranks()
+
+
 def test_the_gates_of_the_best_checkpoint_come_back_with_its_factors(tmp_path: Any) -> None:
     steps = 60
     session = rw.attach(net(), SoRA(target_density=0.5), r=4, lora_alpha=8, target_modules=["up", "down"], seed=0)

@@ -234,6 +234,25 @@ def test_a_run_that_stops_between_its_rounds_exports_what_is_live(tmp_path: Path
     session.close()
 
 
+def test_a_resumed_run_keeps_its_rounds_whatever_its_new_length(tmp_path: Path) -> None:
+    method = ABLoRA(rounds=2, prune_per_round=2, warmup_epochs=1, round_epochs=0.5, epoch_steps=4)
+    session = session_of(method)
+    optimizer, scheduler = walk(session, last=7)
+    session.save(tmp_path / "checkpoint-7", optimizer=optimizer, scheduler=scheduler)
+    again = resume(tiny_llama(), tmp_path / "checkpoint-7", validation=VALIDATION)
+    args = SimpleNamespace(learning_rate=1e-2, lr_scheduler_type="constant")
+    optimizer, _ = again.optimizers(args, 8)  # its rounds are made, for which a run of 8 steps would have no room
+    again.begin(optimizer, 8)
+    session = session_of(method)
+    optimizer, scheduler = walk(session, last=5)
+    session.save(tmp_path / "checkpoint-5", optimizer=optimizer, scheduler=scheduler)
+    again = resume(tiny_llama(), tmp_path / "checkpoint-5", validation=VALIDATION)
+    assert again.schedule is not None
+    assert again.schedule.outlook(40)[0].startswith("ab-lora: 1 more rounds, after steps 6 of 40")
+    with pytest.raises(ConfigError, match="resume with at least 7 steps"):
+        again.optimizers(args, 6)
+
+
 def test_validation_rows_are_asked_for_only_where_ranks_are_scored() -> None:
     with pytest.raises(ConfigError, match="ab-lora scores on validation batches: pass validation=batches"):
         rw.attach(tiny_llama(), ABLoRA(), r=2, target_modules=TARGETS)

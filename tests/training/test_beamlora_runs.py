@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from rankwise.errors import ConfigError, HealthError
+from rankwise.errors import ConfigError, HealthError, PlanError
 from rankwise.export.layouts import Layout
 from rankwise.export.live import computed_logits
 from rankwise.methods.beamlora import BeamLoRA, BeamLoRASchedule, seeded_permutation
@@ -25,6 +25,12 @@ from tests.training.jobs import Job, Rows, factors, new_session, trainer_argumen
 TARGETS = ["q_proj", "up_proj"]
 PRUNING = BeamLoRA(cumsum_threshold=0.7, reset_every=4)
 FIRST, OTHER = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
+
+def test_a_plan_of_another_scaling_rule_is_refused():
+    made = plan(tiny_llama(), "rora", r=4, target_modules=TARGETS)
+    with pytest.raises(PlanError, match=r'"alpha/sqrt\(rank\)" \(made by rora\), and beamlora runs with "alpha/r" or'):
+        attach(tiny_llama(), PRUNING, plan=made)
 
 
 def arguments(lr: float = 2e-2) -> Any:

@@ -23,7 +23,7 @@ from rankwise.workflows.config import RunConfig
 from rankwise.workflows.events import CostReady, Event, Metrics, Note, PhaseProgress, PhaseStarted, PlanReady, Result
 from rankwise.workflows.plan import plan
 from rankwise.workflows.quiet import log_as_notes
-from rankwise.workflows.train import train
+from rankwise.workflows.train import _Run, train
 from rankwise.workflows.trainer import _precision_kept
 from tests.workflows.conftest import CHAT_TEMPLATE, MakeConfig, colored, write_rows
 
@@ -525,7 +525,34 @@ def test_a_run_killed_while_it_exports_ends_with_the_adapter_it_had_trained(
         train(config, listener)
     again = train(config)
     assert_equal_adapters(whole.folder, again.folder)
-    assert again.figures == whole.figures | {"train_loss": again.figures["train_loss"]}
+    told = again.figures["train_loss"]
+    assert again.figures == whole.figures | {"train_loss": told}
+    assert told == pytest.approx(whole.figures["train_loss"], rel=1e-3), "of all parts, from what was logged"
+
+
+def test_what_comes_after_the_last_step_is_told_once_however_often_the_end_comes(
+    classification: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"rounds": 4, "layers_fraction": 1.0}
+    config = classification(method="xgblora", xgblora=settings, r=1, training={"max_steps": 8, "save_steps": 1})
+    finish = _Run._finish
+
+    def killed(self: Any, figures: Any) -> Any:
+        monkeypatch.setattr(_Run, "_finish", finish)
+        raise Killed
+
+    monkeypatch.setattr(_Run, "_finish", killed)
+    with pytest.raises(Killed):
+        train(config)
+    before = lines(config.folder / "ranks.jsonl")
+    assert [line for line in before if line["kind"] == "export"]
+    train(config)
+    assert lines(config.folder / "ranks.jsonl") == before
+    card = (config.folder / "README.md").read_text()
+    ranks = {line["layer"]: line["to"] for line in before if "layer" in line}
+    held = [rank for rank in ranks.values() if rank]
+    assert f"| ranks | {min(held)} to {max(held)} in {len(held)} of {len(ranks)} layers |" in card
+    assert "These are of the model as it was trained. To keep to the budget the adapter leaves out " in card
 
 
 def test_a_run_goes_on_with_the_ranks_it_began_with(classification: MakeConfig, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rankwise.adapters.checkpoint import WEIGHTS_FILE
 from rankwise.adapters.state import STATE_FILE, FoldState
 from rankwise.errors import ArtifactError
 
-__all__ = ["refuse_unfinished", "stored_budget", "stored_cast_errors", "stored_state", "what_to_fold"]
+__all__ = ["is_checkpoint", "refuse_unfinished", "stored_budget", "stored_cast_errors", "stored_state", "what_to_fold"]
 
 # Written by training/marker.py and workflows/run_folder.py, higher layers.
 _MARKER, _FORMAT, _RUN_FORMAT = "rankwise.json", "rankwise-checkpoint", "rankwise-run"
@@ -86,6 +86,11 @@ def stored_cast_errors(folder: Path) -> dict[str, float]:
     if not isinstance(errors, dict) or not all(isinstance(e, float) and math.isfinite(e) for e in errors.values()):
         raise ArtifactError(f"{folder / _MARKER}: offset.cast_errors are no numbers; export another checkpoint.")
     return errors
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds the marker of a finished checkpoint."""
+    return bool(_checkpoint_marker(folder))
 
 
 def stored_budget(folder: Path) -> int | None:

@@ -31,7 +31,7 @@ from rankwise.export.staging import (
     sync_folder,
     write_extra_files,
 )
-from rankwise.export.stored import refuse_unfinished, stored_budget, stored_cast_errors, stored_state
+from rankwise.export.stored import is_checkpoint, refuse_unfinished, stored_budget, stored_cast_errors, stored_state
 from rankwise.export.truncate import truncate_adapter
 from rankwise.export.verify import Batch, Verification, cast_notes, compare_logits, verify
 from rankwise.ranks.plan import RankPlan
@@ -253,6 +253,9 @@ def export_folder(
             stack.close()  # the base carries the merged weights next
             return _write_merged(job, folded, base, fresh or base, batch, reference)
         budget = stored_budget(source) if budget is None else budget
+        if budget is None and max_rank is None and state and state.boosters and not is_checkpoint(source):
+            text = "no budget is recorded beside these boosters, so that every rank is kept; cut them with max_rank."
+            folded = replace(folded, notes=(*folded.notes, text))
         folded, compression = _compressed(folded, max_rank, budget)
 
         def check(stage: Path) -> Verification:

@@ -454,17 +454,28 @@ class ABLoRASchedule(SteadyRanks):
         """
         _refuse(optimizer, self._layers)
         self._optimizer = optimizer
-        steps = self._method.round_steps(max_steps) if self._steps is None else self._steps
-        late = [step for step in steps[self._next :] if step >= max_steps]
+        ahead = self._rounds(max_steps)
+        if self._steps is None:
+            self._steps = ahead
+        if ahead:
+            assert_equal_everywhere(batches_hash(self._groups), "the validation data that ab-lora scores on")
+            self._ablation.prepare(self._groups[0][0])
+
+    def _rounds(self, max_steps: int) -> tuple[int, ...]:
+        """The steps of the rounds to come: laid out over the run once, and then kept.
+
+        Raises:
+            ConfigError: they do not fit the run.
+        """
+        if self._steps is None:
+            return self._method.round_steps(max_steps)
+        late = [step for step in self._steps[self._next :] if step >= max_steps]
         if late:
             raise ConfigError(
                 f"ab-lora: the checkpoint's rounds come after steps {', '.join(map(str, late))}, and the run ends "
                 f"after {max_steps}: resume with at least {late[-1] + 1} steps"
             )
-        self._steps = steps
-        if self._next < len(steps):
-            assert_equal_everywhere(batches_hash(self._groups), "the validation data that ab-lora scores on")
-            self._ablation.prepare(self._groups[0][0])
+        return self._steps[self._next :]
 
     def before_step(self, step: int) -> None:
         """Notes that a step begins; a round that its end does not bring is a fault."""
@@ -670,12 +681,13 @@ class ABLoRASchedule(SteadyRanks):
         Raises:
             ConfigError: the run is too short for them.
         """
-        steps = self._method.round_steps(max_steps)
+        steps = self._rounds(max_steps)
         if not steps:
-            return ("ab-lora: no rank moves",)
+            return ("ab-lora: no rank moves",) if not self._next else ()
         ranks = sum(self.live_ranks().values())
+        left = "more " if self._next else ""
         return (
-            f"ab-lora: {len(steps)} rounds, after steps {', '.join(map(str, steps))} of {max_steps}; each scores "
+            f"ab-lora: {len(steps)} {left}rounds, after steps {', '.join(map(str, steps))} of {max_steps}; each scores "
             f"{ranks} ranks, switches {self._prunes} off and gives them to layers that lost none",
         )
 

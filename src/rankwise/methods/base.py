@@ -143,6 +143,8 @@ class Method:
     """Recommended learning rates: low end, default, high end; under AdamW, or the method's own optimizer."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Named settings ("paper", "official"): keyword arguments of the dataclass."""
+    scaling_rules: ClassVar[frozenset[ScalingRule]] = frozenset(ScalingRule)
+    """Rules that the method can run with; a plan under another is refused."""
     unclipped: ClassVar[bool] = False
     """Whether the trainer must not clip gradients, because the method clips what is invariant by itself."""
     leaner: ClassVar[str] = ""

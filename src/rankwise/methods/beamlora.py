@@ -54,7 +54,7 @@ from rankwise.linalg.random import generator
 from rankwise.methods.base import Budget, Method, Slot, setting_faults
 from rankwise.methods.perturbing import state_faults
 from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault, SteadyRanks
-from rankwise.ranks.shapes import LayerShape
+from rankwise.ranks.shapes import LayerShape, ScalingRule
 
 __all__ = [
     "BeamLoRA",
@@ -112,6 +112,7 @@ class BeamLoRA(Method):
     source: ClassVar[str] = "arXiv:2502.13604v2"
     slots: ClassVar[frozenset[Slot]] = frozenset({Slot.SCHEDULE})
     learning_rates: ClassVar[tuple[float, float, float]] = (1e-4, 3e-4, 1e-3)
+    scaling_rules: ClassVar[frozenset[ScalingRule]] = frozenset({ScalingRule.ALPHA_OVER_RANK, ScalingRule.ALPHA_OVER_R})
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {"tau": 0.05, "cumsum_threshold": 0.95, "reset_every": 3000, "reset_end_step": 24688},
         "official": {"tau": 0.05, "cumsum_threshold": 0.95, "variant": "official"},

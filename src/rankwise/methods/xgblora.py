@@ -645,6 +645,11 @@ class BoostingSchedule(SteadyRanks):
                 f"xgblora: warning: layers_per_round {self._method.layers_per_round} is above the {self._count} "
                 f"{self._unit()} that there are; all of them train in every round"
             )
+        if self._method.shrinkage < 1:
+            told.append(
+                "xgblora.shrinkage below 1 changes the model where a round ends, after the last step too: what an "
+                "evaluation in the middle of a round found is of another model"
+            )
         if self._unit() == "layers":
             told.append("xgblora: no layer's name holds the number of a block, so that rounds draw single layers")
         never = self._layers.keys() - frozenset().union(*draws)

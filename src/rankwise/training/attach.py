@@ -323,6 +323,13 @@ def _notes_of_ranks(given: RankPlan) -> tuple[str, ...]:
 
 def _check_scaling(recipe: Recipe, given: RankPlan) -> None:
     """A method that is its scaling may not run under another one's: the result would carry its name only."""
+    for method in recipe.methods:
+        if given.scaling_rule not in method.scaling_rules:
+            allowed = " or ".join(f'"{rule}"' for rule in sorted(method.scaling_rules))
+            raise PlanError(
+                f'the plan\'s scaling rule is "{given.scaling_rule}" (made by {"+".join(given.methods)}), and '
+                f'{method.id} runs with {allowed}: set "scaling_rule" in the plan file, or make the plan anew'
+            )
     owner = recipe.owner(Slot.SCALE)
     if owner is not None and owner.scaling_rule() != given.scaling_rule:
         raise PlanError(

@@ -104,6 +104,7 @@ class Session:
         step: optimizer steps already made (a resumed run).
         notes: remarks worth showing.
         base_weights: the fingerprint of the base weights, if it is known; it must be where the offset moved them.
+        told_ranks: by layer, the ranks that the events of a resumed run have told of so far.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Session:
         step: int = 0,
         notes: Sequence[str] = (),
         base_weights: str | None = None,
+        told_ranks: Mapping[str, int] | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -147,7 +149,8 @@ class Session:
         self._called: dict[str, tuple[int, int]] = {}
         self._steps_before = 0
         self._changes: list[dict[str, Any]] = []
-        self._ranks = (schedule.live_ranks() if schedule is not None else {}) or dict(plan.ranks)
+        live = schedule.live_ranks() if schedule is not None else {}
+        self._ranks = dict(told_ranks or live or plan.ranks)
         self._base_weights = base_weights
         self._scaler: Any = None
         self._optimizer: Optimizer | None = None
@@ -166,6 +169,11 @@ class Session:
         """What export has to fold beside lora_A and lora_B; empty for most methods."""
         state = FoldState() if self.schedule is None else self.schedule.fold_state()
         return state if self.offset is None else replace(state, offsets=self.offset.pairs)
+
+    @property
+    def told_ranks(self) -> dict[str, int]:
+        """By layer, the ranks as the schedule's events have told them so far."""
+        return dict(self._ranks)
 
     @property
     def export_budget(self) -> int | None:
@@ -190,7 +198,7 @@ class Session:
         self.keep_precision()
         self.recipe.check(situation_of_arguments(args))
         if self.schedule is not None:
-            self.schedule.outlook(num_training_steps)  # refuses what does not fit the run
+            self.schedule.outlook(num_training_steps)  # refuses a run that it does not fit before anything is written
         method = self.recipe.optimize
         if method is None:
             built = adamw_and_scheduler(self.model, args, num_training_steps, self.schedule)
@@ -198,8 +206,6 @@ class Session:
             state = refuse_large_state(method, self.layers)
             built = own_and_scheduler(self.model, self.layers, args, num_training_steps, method)
             self._tell_of_own_optimizer(method, args, built[0], state)
-        if self.schedule is not None:
-            self.schedule.outlook(num_training_steps)  # refuses a run that it does not fit before anything is written
         decays = str(getattr(args, "lr_scheduler_type", "linear")).rpartition(".")[2].lower()
         self._planned_steps = None if decays.startswith("constant") else num_training_steps
         return built
@@ -356,7 +362,7 @@ class Session:
         """The schedule's events since this was last asked, as `ranks.jsonl` holds them.
 
         An event is a line with `step`, `kind`, `reason` and `figures`, then one for each layer that it changed or
-        measured, with `layer`, `from`, `to` and perhaps `detail`.
+        measured, with `layer`, `from`, `to` and perhaps `detail`; `final` where it came after the last step.
         """
         found, self._changes = tuple(self._changes), []
         return found
@@ -400,7 +406,8 @@ class Session:
                 self.take_back(best)
             self.schedule.end(step)
             self._note_events()
-            if self._ranks and not any(self._ranks.values()):
+            self._changes = [{**change, "final": True} for change in self._changes]
+            if not any((self.schedule.live_ranks() or self.plan.ranks).values()):
                 self.remark("every gate became zero: the adapter that is exported equals the base model")
         self.health.end(step)
 

@@ -119,6 +119,7 @@ def resume(
         step=marker["step"],
         notes=_environment_notes(marker),
         base_weights=marker["base"]["weights"],
+        told_ranks=marker.get("told_ranks"),
     )
     session.health.load_state_dict(marker["health"])
     return session
@@ -274,6 +275,7 @@ def _content(session: Session, values: Mapping[str, Any], tensors: Mapping[str, 
         if owner is None
         else {"id": owner.id, "values": dict(values), "tensors": sorted(tensors), "folds": folds},
         "export_budget": session.export_budget,
+        "told_ranks": None if owner is None else session.told_ranks,
         "health": session.health.state_dict(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),

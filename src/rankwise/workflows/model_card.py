@@ -16,26 +16,30 @@ def model_card(
     config: RunConfig,
     plan: RankPlan,
     recipe: Recipe,
+    ranks: Mapping[str, int],
     *,
     label_names: Sequence[str],
     sources: Mapping[Part, DataSource],
     figures: Mapping[str, object],
+    left_out: float = 0.0,
 ) -> str:
     """The model card.
 
     Args:
         config: the run file.
-        plan: ranks and scalings.
+        plan: ranks and scalings at the start.
         recipe: the methods.
+        ranks: by layer, the ranks that the adapter holds.
         label_names: of a classification, in the order of their numbers.
         sources: where the rows came from.
         figures: what was measured.
+        left_out: the share of the update's norm that the adapter leaves out of what was trained and measured.
     """
     parts = [
         _front_matter(config),
         f"# LoRA adapter for {config.model}\n",
-        _made(config, plan, recipe, sources),
-        _measured(figures),
+        _made(config, plan, recipe, ranks, sources),
+        _measured(figures, left_out),
         _loading(config, label_names),
         _labels(label_names),
     ]
@@ -56,14 +60,17 @@ def _front_matter(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _made(config: RunConfig, plan: RankPlan, recipe: Recipe, sources: Mapping[Part, DataSource]) -> str:
-    ranks = [rank for rank in plan.ranks.values() if rank]
+def _made(
+    config: RunConfig, plan: RankPlan, recipe: Recipe, ranks: Mapping[str, int], sources: Mapping[Part, DataSource]
+) -> str:
+    held = [rank for rank in ranks.values() if rank] or [0]
+    parameters = sum(ranks.get(layer.name, 0) * layer.shape.cost for layer in plan.layers)
     titles = "; ".join(f"{method.title} ({method.source})" for method in recipe.methods)
     train = sources["train"]
     rows = [
         ("method", titles),
-        ("planned ranks", f"{min(ranks)} to {max(ranks)} over {len(ranks)} layers"),
-        ("budget", f"{plan.parameters:,} of {plan.budget:,} parameters (a uniform rank of {plan.r})"),
+        ("ranks", f"{min(held)} to {max(held)} in {len(held)} of {len(plan.layers)} layers"),
+        ("budget", f"{parameters:,} of {plan.budget:,} parameters (a uniform rank of {plan.r})"),
         ("training data", f"{train.source}, {train.rows:,} rows, SHA-256 {train.sha256[:16]}"),
         ("learning rate", f"{config.learning_rate:g}"),
         ("seed", str(config.seed)),
@@ -76,12 +83,18 @@ def _made(config: RunConfig, plan: RankPlan, recipe: Recipe, sources: Mapping[Pa
     return f"## How it was made\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _measured(figures: Mapping[str, object]) -> str:
+def _measured(figures: Mapping[str, object], left_out: float) -> str:
     rows = [(name, value) for name, value in figures.items() if isinstance(value, int | float)]
     if not rows:
         return ""
     table = "\n".join(f"| {name} | {value:.6g} |" for name, value in rows)
-    return f"## Measured\n\n| figure | value |\n|---|---|\n{table}\n"
+    cut = (
+        "\nThese are of the model as it was trained. To keep to the budget the adapter leaves out "
+        f"{left_out:.3g} of the norm of its update.\n"
+        if left_out
+        else ""
+    )
+    return f"## Measured\n\n| figure | value |\n|---|---|\n{table}\n{cut}"
 
 
 def _loading(config: RunConfig, label_names: Sequence[str]) -> str:

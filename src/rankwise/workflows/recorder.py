@@ -38,6 +38,7 @@ class Recorder:
         self._path, self._changes = folder / METRICS, folder / CHANGES
         self._listener = listener
         self._detail = ""
+        self._continued = step > 0
         self._begun = time.monotonic()
         self._spent = 0.0
         self.figures: dict[str, float] = {}
@@ -76,7 +77,7 @@ class Recorder:
             trained: by layer, the ranks that the schedule left.
             exported: those in the file.
         """
-        about = {"step": step, "kind": "export", "reason": "the export keeps to the budget"}
+        about = {"step": step, "kind": "export", "reason": "the export keeps to the budget", "final": True}
         sums = {"ranks": float(sum(trained.values())), "exported": float(sum(exported.values()))}
         moved = {name: rank for name, rank in trained.items() if exported[name] != rank}
         lines = [{**about, "layer": name, "from": rank, "to": exported[name]} for name, rank in moved.items()]
@@ -95,8 +96,9 @@ class Recorder:
 
     def _logged(self, event: "TrainingEvent") -> None:
         values = {key: float(value) for key, value in event.values.items() if isinstance(value, int | float)}
-        if "train_runtime" in values:  # the summary at the end
-            self.figures["train_loss"] = values["train_loss"]
+        if "train_runtime" in values:  # the summary at the end, of the part of the run that this process made
+            found = values["train_loss"] if not self._continued else self._mean_loss()
+            self.figures |= {} if found is None else {"train_loss": found}
             return
         kept = {key: value for key, value in values.items() if self._keeps(key)}
         if not kept:
@@ -111,6 +113,15 @@ class Recorder:
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_finite(line)) + "\n")
         self._listener(Metrics(values=line))
+
+    def _mean_loss(self) -> float | None:
+        """The mean of the logged losses of all parts of a run, each over the steps since the last; None of none."""
+        total, last = 0.0, 0
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if "loss" in values:
+                total, last = total + float(values["loss"]) * (values["step"] - last), values["step"]
+        return total / last if last else None
 
     def _keeps(self, key: str) -> bool:
         own = self._own is not None and key.startswith(self._own)
@@ -137,9 +148,10 @@ class Recorder:
 
 
 def _made_by(line: str, step: int) -> bool:
-    """Whether a line is whole and of a step up to this one."""
+    """Whether a line is whole and of training up to this step; what came after the last step comes again."""
     try:
-        return bool(json.loads(line)["step"] <= step)
+        values = json.loads(line)
+        return bool(values["step"] <= step) and not values.get("final")
     except ValueError:  # the last line of a killed run
         return False
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from rankwise.workflows.job import (
 from rankwise.workflows.model_card import model_card
 from rankwise.workflows.quiet import log_as_notes, quiet_libraries
 from rankwise.workflows.recorder import Recorder
-from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_manifest
+from rankwise.workflows.run_folder import CALIBRATION_FILE, Claim, claim, write_atomically, write_manifest
 from rankwise.workflows.trainer import evaluate, make_trainer
 
 if TYPE_CHECKING:
@@ -296,7 +297,8 @@ class _Run:
         job, session = self.job, self.session
         folder = scratch / "tokenizer"
         job.tokenizer.save_pretrained(folder)
-        card = model_card(
+        card = partial(
+            model_card,
             job.config,
             session.plan,
             session.recipe,
@@ -304,7 +306,8 @@ class _Run:
             sources=job.data.sources,
             figures=figures,
         )
-        extra: dict[str, str | Path] = {"README.md": card}
+        live = (session.schedule.live_ranks() if session.schedule is not None else {}) or session.plan.ranks
+        extra: dict[str, str | Path] = {"README.md": card(live)}
         extra |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
         batch = {key: value.to(job.arguments.device) for key, value in job.prepared.sample().items()}
         with self.phases.phase("export", "Writing and verifying the adapter") as detail:
@@ -322,6 +325,7 @@ class _Run:
         if lost is not None and session.schedule is not None:
             recorder.cut(session.step, session.schedule.live_ranks(), lost.ranks)
         if lost is not None and lost.lossy:
+            write_atomically(self.folder / "README.md", card(lost.ranks, left_out=lost.total))
             text = f"the exported adapter leaves out {lost.total:.3g} of the norm of what was trained"
             moved = "" if exported.logit_error is None else f", which changes the logits by {exported.logit_error:.3g}"
             self.listener(Note(text=f"{text}{moved}; every other figure is of the trained model", level="warning"))
