@@ -251,7 +251,7 @@ SCHEDULED: dict[str, Callable[[], Any]] = {
     "ab-lora": lambda: rw.ABLoRA(rounds=12, prune_per_round=3, sequences=4),
     "sora": lambda: rw.SoRA(target_density=0.3),
     "beamlora": lambda: rw.BeamLoRA(),
-    "xgblora": lambda: rw.XGBLoRA(),
+    "xgblora": lambda: rw.XGBLoRA(rounds=12),
 }
 
 

@@ -677,7 +677,8 @@ def test_what_will_happen_is_told_beforehand_and_what_is_not_saved_afterwards() 
     schedule = one.schedule()
     assert "8 rounds, after steps 4, 5, 6, 7, 8, 9, 10, 11 of 24; each scores 12 ranks" in schedule.outlook(24)[0]
     schedule.begin(one.adamw(), 24)
-    assert schedule.remarks() == ()
+    (told,) = schedule.remarks()
+    assert told == "ab-lora: ranks are scored on 4 validation sequences, all there are, in place of 32"
     assert schedule.memory_bytes() > 0
 
 

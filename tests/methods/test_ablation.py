@@ -178,11 +178,44 @@ def test_a_loss_of_the_users_own_is_scored_pass_by_pass_and_said() -> None:
     assert _apart(ablation.plain(CAUSAL, slots), ablation.exact(CAUSAL, slots)) < 1e-6
 
 
-def test_a_loss_that_is_the_models_cross_entropy_shares_passes() -> None:
-    one, gates, _ = _gated()
-    ablation = Ablation(one.model, one.layers, gates, loss=lambda model, batch: model_loss(model, batch))
+def test_a_loss_of_the_users_own_is_taken_as_it_is_also_where_it_was_cross_entropy_at_first() -> None:
+    one, gates, slots = _gated()
+    more = 0.0
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        mean, weight = model_loss(model, batch)
+        return mean + more * mean**2, weight
+
+    ablation = Ablation(one.model, one.layers, gates, loss=loss)
     ablation.prepare(CAUSAL[0])
-    assert ablation.shared > 1
+    assert ablation.shared == 1
+    before = ablation.exact(CAUSAL, slots)
+    more = 1.0
+    after = ablation.exact(CAUSAL, slots)
+    assert after.model < 2 * before.model
+    assert _apart(ablation.plain(CAUSAL, slots), after) < 1e-6
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_batch_is_cut_to_the_rows_that_memory_allows_with_the_same_scores(kept: int) -> None:
+    one, gates, slots = _gated()
+    wide = Ablation(one.model, one.layers, gates)
+    wide.prepare(CAUSAL[0])
+    rows = len(CAUSAL[0]["labels"])
+    narrow = Ablation(one.model, one.layers, gates, memory_bytes=wide._bytes(CAUSAL[0]) * kept // rows)
+    narrow.prepare(CAUSAL[0])
+    assert {len(piece["labels"]) for piece in narrow._pieces(CAUSAL)} <= {1, kept}
+    assert _apart(wide.exact(CAUSAL, slots), narrow.exact(CAUSAL, slots)) < 1e-6
+    found, expected = narrow.taylor(CAUSAL, slots), wide.taylor(CAUSAL, slots)
+    assert _apart(found, expected) < 1e-6
+
+
+def test_longer_batches_share_fewer_passes() -> None:
+    one, gates, _ = _gated()
+    ablation = Ablation(one.model, one.layers, gates)
+    ablation.prepare(CAUSAL[0])
+    longer = {key: torch.cat([value] * 4, dim=1) for key, value in CAUSAL[0].items()}
+    assert ablation._shared(longer) == ablation._shared(CAUSAL[0]) // 4
 
 
 class _Odd(nn.Module):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import rankwise as rw
 from rankwise.adapters.attach import adapted_layers, attach_lora
-from rankwise.errors import ConfigError, HealthError
+from rankwise.adapters.checkpoint import load_native
+from rankwise.errors import CheckpointError, ConfigError, HealthError
 from rankwise.methods.ab_lora import ABLoRA, ABLoRASchedule
 from rankwise.ranks.shapes import ScalingRule
 from rankwise.training.session import Session
@@ -251,6 +252,85 @@ def test_a_resumed_run_keeps_its_rounds_whatever_its_new_length(tmp_path: Path) 
     assert again.schedule.outlook(40)[0].startswith("ab-lora: 1 more rounds, after steps 6 of 40")
     with pytest.raises(ConfigError, match="resume with at least 7 steps"):
         again.optimizers(args, 6)
+
+
+def saved_at(session: Session, folder: Path, step: int, last: int) -> dict[str, Tensor]:
+    """Trains to `last`, saves at `step`, and loads the saved factors as a trainer loads the best; the gates then."""
+    parts = walk(session, last=step)
+    session.save(folder, optimizer=parts[0], scheduler=parts[1])
+    gates = session.fold_state.gates
+    walk(session, first=step + 1, last=last, parts=parts)
+    load_native(session.model, folder)
+    session.drain_changes()
+    return dict(gates)
+
+
+@pytest.mark.parametrize(("step", "last"), [(1, 3), (1, 4), (3, 5), (1, 5), (6, 12)])
+def test_the_best_checkpoint_is_exported_as_it_was_evaluated(step: int, last: int, tmp_path: Path) -> None:
+    session = session_of()
+    gates = saved_at(session, tmp_path / "best", step, last)
+    fresh = dict(session.schedule.state_dict()["fresh"])  # type: ignore[union-attr]  # of the last step, not the best's
+    session.end(last, best=tmp_path / "best")
+    assert step > 2 or not any("off again" in line["reason"] for line in session.drain_changes()), fresh
+    for name, gate in session.fold_state.gates.items():
+        kept = session.layers[name].lora_B.any(dim=0).float()
+        assert torch.equal(gate, gates[name] * kept) if step in (3,) else torch.equal(gate, gates[name])
+    assert session.health.status == "passed"
+    session.close()
+
+
+def test_a_best_checkpoint_from_before_the_rounds_is_said_to_be_plain(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = session_of()
+    saved_at(session, tmp_path / "best", 1, STEPS)
+    session.end(STEPS, best=tmp_path / "best")
+    (event,) = [line for line in session.drain_changes() if line["kind"] == "unfinished"]
+    told = "the best checkpoint, of step 1, is from before 4 of the rounds, and has the ranks of the start"
+    assert event["reason"] == told
+    assert [text for text in caplog.messages if told in text]
+    session.close()
+
+
+@pytest.mark.parametrize("last", [2, 3, 4, 5])
+def test_a_run_may_end_at_a_round_though_a_layer_was_emptied_and_filled_again(last: int) -> None:
+    session = session_of(ABLoRA(prune_per_round=7, budget="ranks"))
+    walk(session, last=last)
+    session.end(last)
+    assert session.health.status == "passed"
+    for name, layer in session.layers.items():
+        gate = session.fold_state.gates[name]
+        assert bool(layer.lora_B[:, gate.bool()].any(dim=0).all()), "no live rank is untrained"
+    session.close()
+
+
+def test_ranks_that_a_floor_holds_all_are_refused_before_anything_is_attached() -> None:
+    with pytest.raises(ConfigError, match=r"ab-lora\.min_rank: 2 leaves 0 of 16 ranks to switch off"):
+        session_of(ABLoRA(min_rank=2))
+    with pytest.raises(ConfigError, match="8 of 16 ranks would be switched off in every round"):
+        session_of(ABLoRA(prune_per_round=8))
+
+
+def test_rounds_that_switch_nothing_off_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of()
+    monkeypatch.setattr(ABLoRASchedule, "_lowest", lambda self, values, slots: {})
+    walk(session)
+    with pytest.raises(HealthError, match="none of ab-lora's 4 scored rounds switched a rank off"):
+        session.end(STEPS)
+    session.close()
+
+
+def test_a_run_that_lost_ranks_can_be_resumed_and_other_validation_rows_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ABLoRASchedule, "_grow", lambda self, values, pruned: {})
+    session = session_of(ABLoRA(prune_per_round=7, rounds=1))
+    optimizer, scheduler = walk(session, last=4)
+    assert sum(session.schedule.live_ranks().values()) == 16 - 7  # type: ignore[union-attr]
+    session.save(tmp_path / "checkpoint-4", optimizer=optimizer, scheduler=scheduler)
+    resume(tiny_llama(), tmp_path / "checkpoint-4", validation=VALIDATION).close()
+    with pytest.raises(CheckpointError, match="it scored on other validation batches"):
+        resume(tiny_llama(), tmp_path / "checkpoint-4", validation=VALIDATION[:1])
 
 
 def test_validation_rows_are_asked_for_only_where_ranks_are_scored() -> None:

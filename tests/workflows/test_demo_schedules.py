@@ -14,7 +14,7 @@ from rankwise.workflows.config import RunConfig
 from rankwise.workflows.demo import demo_config
 from tests.workflows.test_demo_compositions import GLOSSES, HEAD_ALONE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 METHODS: dict[str, dict[str, Any]] = {
     "ab-lora": {"rounds": 3, "sequences": 16},
@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "beamlora": {},
     "xgblora": {},
 }
+LEARNING_RATES = {"xgblora": 5e-3}
+"""Where it is not plain LoRA's of the demo: a booster has few steps, in a third of the blocks."""
 LAYOUTS = ("uniform", "compact")
 
 
@@ -30,6 +32,8 @@ def scheduled(method: str, folder: Path) -> RunConfig:
     values = demo_config("lora", folder).model_dump(mode="json", exclude_unset=True)
     values |= {"method": method, method: METHODS[method]}
     values["data"] = {**values["data"], "validation": 0.05}
+    training = values["training"]
+    values["training"] = {**training, "learning_rate": LEARNING_RATES.get(method, training["learning_rate"])}
     return RunConfig.model_validate(values)
 
 

@@ -209,6 +209,8 @@ def test_ab_lora_moves_ranks_by_validation_rows_and_leaves_a_plain_adapter(class
     assert manifest["status"] == "finished"
     assert manifest["export"]["verification"]["logit_error"] <= 1e-5
     assert set(ranks.values()) != {2}
+    plain = train(classification(**options | {"method": "lora", "output_dir": str(result.folder) + "-plain"}))
+    assert result.figures["trained_parameters"] == plain.figures["trained_parameters"], "empty slots are not counted"
     uniform = adapter(result.folder)
     assert {min(tensor.shape) for name, tensor in uniform.items() if "layer" in name} == {max(ranks.values())}
 

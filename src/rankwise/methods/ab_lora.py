@@ -52,7 +52,7 @@ from rankwise.linalg.random import generator, kaiming_uniform
 from rankwise.methods.ablation import Ablation, Scores
 from rankwise.methods.base import Budget, Method, Slot, setting_faults
 from rankwise.methods.schedule import RankEvent, Scene, Schedule, ScheduleFault, SteadyRanks
-from rankwise.methods.scored import batches_hash, labelled, row_groups
+from rankwise.methods.scored import batches_hash, labelled, row_counts, row_groups
 from rankwise.methods.screening import screened
 from rankwise.ranks.shapes import LayerShape
 
@@ -202,21 +202,43 @@ class ABLoRA(Method):
             return self
         return replace(self, epoch_steps=steps)
 
-    def prunes(self, names: Sequence[str], ranks: int) -> int:
+    def check_ranks(self, layers: Sequence[LayerShape], ranks: Sequence[int]) -> None:
+        """Refuses ranks of which a round could not switch off as many as it is to.
+
+        Raises:
+            ConfigError: half of all ranks or more, or more than `min_rank` leaves.
+        """
+        if self.neutral or not any(ranks):
+            return
+        count = self.prunes([layer.name for layer in layers], sum(ranks))
+        above = sum(max(0, rank - self.min_rank) for rank in ranks)
+        if above < count:
+            raise ConfigError(
+                f"ab-lora.min_rank: {self.min_rank} leaves {above} of {sum(ranks)} ranks to switch off, and a round "
+                f"takes {count}; use a smaller min_rank or a larger r"
+            )
+
+    def count(self, names: Sequence[str], ranks: int) -> int:
         """n_A: how many ranks a round switches off.
 
         Args:
             names: the adapted layers.
             ranks: R, the live ranks of all of them at the start.
-
-        Raises:
-            ConfigError: half of all ranks or more.
         """
         count = self.prune_per_round
         if count is None and self.prune_fraction is not None:
             count = max(1, math.floor(self.prune_fraction * ranks)) if self.prune_fraction else 0
         if count is None:
             count = min(layer_kinds(names), max(1, ranks // 16))
+        return count
+
+    def prunes(self, names: Sequence[str], ranks: int) -> int:
+        """`count`, if it can be kept up.
+
+        Raises:
+            ConfigError: half of all ranks or more.
+        """
+        count = self.count(names, ranks)
         if count and not self.neutral and 2 * count >= ranks:
             raise ConfigError(
                 f"ab-lora: {count} of {ranks} ranks would be switched off in every round; use less than half "
@@ -431,8 +453,9 @@ class ABLoRASchedule(SteadyRanks):
         self._method, self._layers, self._seed = method, dict(scene.layers), scene.seed
         masks = {name: layer.lora_A.detach().any(dim=1).float() for name, layer in self._layers.items()}
         self._start_ranks = int(sum(mask.sum() for mask in masks.values()))
-        self._prunes = method.prunes(list(masks), self._start_ranks)
+        self._prunes = method.count(list(masks), self._start_ranks)
         self._groups = [] if method.neutral else row_groups(labelled(scene, method.id), method.sequences)
+        self._validation = batches_hash(self._groups)
         self._gates = RankGates(scene.model, self._layers, masks)
         self._start_parameters = self._live_parameters()
         self._ablation = Ablation(
@@ -442,6 +465,7 @@ class ABLoRASchedule(SteadyRanks):
         self._steps: tuple[int, ...] | None = None
         self._begun = self._step = self._next = self._lost = self._lost_in_a_row = 0
         self._moved = False
+        self._pruned = 0
         self._fresh: Mapping[str, Sequence[int]] = {}
         self._events: list[RankEvent] = []
 
@@ -458,7 +482,7 @@ class ABLoRASchedule(SteadyRanks):
         if self._steps is None:
             self._steps = ahead
         if ahead:
-            assert_equal_everywhere(batches_hash(self._groups), "the validation data that ab-lora scores on")
+            assert_equal_everywhere(self._validation, "the validation data that ab-lora scores on")
             self._ablation.prepare(self._groups[0][0])
 
     def _rounds(self, max_steps: int) -> tuple[int, ...]:
@@ -497,21 +521,27 @@ class ABLoRASchedule(SteadyRanks):
             self._next += 1
 
     def end(self, step: int) -> None:
-        """Notes the rounds that the run ended before, and takes ranks off that no step has trained since they came."""
-        if not self._steps or self._next == len(self._steps):
+        """Notes rounds that what is exported is from before, and takes off new ranks that no step has trained."""
+        if not self._steps:
             return
-        reason = f"the run ended after step {step}, before {len(self._steps) - self._next} of its rounds"
-        logger.warning("ab-lora: %s; the adapter has the ranks that are live", reason)
-        fresh = self._fresh
+        reasons, left = [], len(self._steps) - self._next
+        if left and self._step < step:
+            plain = ", and has the ranks of the start" if not self._next else ""
+            reasons.append(f"the best checkpoint, of step {self._step}, is from before {left} of the rounds{plain}")
+        elif left:
+            reasons.append(f"the run ended after step {step}, before {left} of its rounds")
+        fresh, self._fresh = self._fresh, {}
         for name, slots in fresh.items():
             self._switch(name, slots, on=False)
             clear_slots(self._optimizer, self._layers[name], slots)
-        live = self.live_ranks()
         if fresh:
-            reason += f"; {sum(map(len, fresh.values()))} new ranks that no step had trained are off again"
-        self._events.append(
-            RankEvent(step=step, kind="unfinished", ranks={name: live[name] for name in fresh}, reason=reason)
-        )
+            reasons.append(f"{sum(map(len, fresh.values()))} new ranks that no step had trained are off again")
+        if reasons:
+            live, reason = self.live_ranks(), "; ".join(reasons)
+            logger.warning("ab-lora: %s; the adapter has the ranks that are live", reason)
+            self._events.append(
+                RankEvent(step=step, kind="unfinished", ranks={name: live[name] for name in fresh}, reason=reason)
+            )
 
     # Algorithm 1, one pass of the loop.
     def _round(self, step: int) -> None:
@@ -525,6 +555,7 @@ class ABLoRASchedule(SteadyRanks):
         values = {name: self._importance(scores.drop[name], scores.solo[name]) for name in slots}
         self._moved |= any(bool(term.any()) for terms in (scores.drop, scores.solo) for term in terms.values())
         pruned = self._lowest(values, slots)
+        self._pruned += sum(map(len, pruned.values()))
         for name, lost in pruned.items():
             self._switch(name, lost, on=False)
             clear_slots(self._optimizer, self._layers[name], lost)
@@ -700,8 +731,17 @@ class ABLoRASchedule(SteadyRanks):
         }
 
     def remarks(self) -> tuple[str, ...]:
-        """What of the model keeps scoring from being cheaper."""
-        return tuple(f"ab-lora: {text}" for text in self._ablation.remarks)
+        """What of the model keeps scoring from being cheaper, and validation rows that are fewer than asked for."""
+        told = [f"ab-lora: {text}" for text in self._ablation.remarks]
+        rows = row_counts(self._groups)
+        if rows and rows[0] < self._method.sequences:
+            told.append(
+                f"ab-lora: ranks are scored on {rows[0]} validation sequences, all there are, in place of "
+                f"{self._method.sequences}"
+            )
+        if self._method.redraw and len(self._groups) == 1 and self._steps and len(self._steps) > 1:
+            told.append("ab-lora.redraw: the validation data holds one batch, so that every round scores on the same")
+        return tuple(told)
 
     def fault(self) -> ScheduleFault | None:
         """Rounds that never came, or changed nothing."""
@@ -718,6 +758,11 @@ class ABLoRASchedule(SteadyRanks):
             return ScheduleFault(
                 f"none of ab-lora's {self._next} rounds could score a rank: the validation loss was not finite",
                 "lower the learning rate, and look for NaN in the training loss and the validation data",
+            )
+        if self._prunes and not self._pruned:
+            return ScheduleFault(
+                f"none of ab-lora's {self._next - self._lost} scored rounds switched a rank off, so this is plain LoRA",
+                "lower min_rank, or use a larger r",
             )
         if not self._moved:
             return ScheduleFault(
@@ -755,6 +800,9 @@ class ABLoRASchedule(SteadyRanks):
             "lost": self._lost,
             "lost_in_a_row": self._lost_in_a_row,
             "moved": self._moved,
+            "pruned": self._pruned,
+            "fresh": {name: list(slots) for name, slots in self._fresh.items()},
+            "validation": self._validation,
             "start_ranks": self._start_ranks,
             "start_parameters": self._start_parameters,
             **{f"mask.{name}": self._gates.value(name).detach().clone() for name in self._layers},
@@ -778,6 +826,8 @@ class ABLoRASchedule(SteadyRanks):
             if isinstance(mask, Tensor) and mask.shape != (self._layers[name].rank,):
                 faults.append(f"mask.{name} is of {len(mask)} slots, the layer has {self._layers[name].rank}")
         faults += [f"{key} belongs to no layer" for key in state if key not in expected]
+        if state.get("validation", self._validation) != self._validation:
+            faults.append("it scored on other validation batches, and all rounds score on the same")
         if faults:
             more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
             raise CheckpointError(
@@ -787,9 +837,10 @@ class ABLoRASchedule(SteadyRanks):
         self._steps = None if state["steps"] is None else tuple(state["steps"])
         self._step, self._next = int(state["step"]), int(state["next"])
         self._lost, self._lost_in_a_row = int(state["lost"]), int(state["lost_in_a_row"])
-        self._moved = bool(state["moved"])
+        self._moved, self._pruned = bool(state["moved"]), int(state["pruned"])
+        self._fresh = {str(name): [int(slot) for slot in slots] for name, slots in state["fresh"].items()}
         self._start_ranks, self._start_parameters = int(state["start_ranks"]), int(state["start_parameters"])
-        self._prunes = self._method.prunes(list(self._layers), self._start_ranks)
+        self._prunes = self._method.count(list(self._layers), self._start_ranks)
         for name in self._layers:
             self._gates.write(name, state[f"mask.{name}"].to(self._gates.value(name)))
         self._events = []

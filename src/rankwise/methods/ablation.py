@@ -10,6 +10,7 @@ other layer computes its product. `Ablation.taylor` takes the slopes of S in the
 Nothing of the model is changed: weights, gates, gradients, flags, modes and random states are as found afterwards.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.batches import Loss, batch_to, model_loss
 from rankwise.calibration.processes import all_reduce_sum, gather_objects, process_index, world_size
 from rankwise.errors import CalibrationError
+from rankwise.methods.scored import rows_between
 
 __all__ = ["Ablation", "Scores", "Slots", "block_list", "repeated", "scores_of", "token_losses"]
 
@@ -35,6 +37,7 @@ Slots = Mapping[str, Sequence[int]]
 Patches = Mapping[nn.Module, Callable[..., Any]]
 """What modules compute by in place of their own forward."""
 
+_EXPERT: Final = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _POSITIONS_AT_ONCE: Final = 2048
 """Positions of a batch that keep a processor busy: more of them in one pass only leave its caches (measured)."""
 
@@ -154,13 +157,13 @@ class Ablation:
         self.remarks: tuple[str, ...] = ()
         """What could not be saved, once `prepare` has looked."""
         self._model, self._layers, self._gates = model, dict(layers), gates
-        self._loss = loss or model_loss
+        self._loss, self._own_loss = loss or model_loss, loss is None
         self._memory_bytes = memory_bytes
         self._blocks = block_list(model, layers)
         self._shifted: bool | None = None
         self._dims: dict[str, int] = {}
         self._bytes_each = memory_bytes
-        self._positions = self._rows_seen = 1
+        self._positions = self._classes = 1
         self._row_seconds = 0.0
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._passes, self._sequences = 0, 0.0
@@ -178,15 +181,38 @@ class Ablation:
     @property
     def shared(self) -> int:
         """How many ablations share one pass over a batch as `prepare` saw it."""
-        return self._shared(self._rows_seen)
+        return self._fitting(self._bytes_each, self._positions)
 
-    def _shared(self, rows: int) -> int:
-        """How many share one over so many rows: as many as memory allows, and on a processor as are of use."""
+    def _shared(self, batch: Any) -> int:
+        """How many share one over this batch."""
+        return 1 if self._shifted is None else self._fitting(self._bytes(batch), _positions(batch))
+
+    def _fitting(self, size: int, positions: int) -> int:
+        """As many as memory allows, and on a processor as are of use."""
         if self._shifted is None:
             return 1
-        fitting = max(1, self._memory_bytes * self._rows_seen // (self._bytes_each * rows))
-        useful = max(1, _POSITIONS_AT_ONCE * self._rows_seen // (self._positions * rows))
+        fitting, useful = max(1, self._memory_bytes // size), max(1, _POSITIONS_AT_ONCE // positions)
         return min(fitting, useful) if self._device.type == "cpu" else fitting
+
+    def _bytes(self, batch: Mapping[str, Any], *, kept: bool = False) -> int:
+        """A rough peak of one pass: logits and log-probabilities in float32, and a few vectors a position.
+
+        With `kept` those of all layers, which wait for a backward pass; else of the widest.
+        """
+        costs = [layer.base.shape.cost for layer in self._layers.values()]
+        vectors = 2 * sum(costs) if kept else 4 * max(costs)
+        return 4 * (3 * int(batch["labels"].numel()) * self._classes + _positions(batch) * vectors)
+
+    def _pieces(self, batches: Sequence[Any], *, kept: bool = False) -> Iterator[Any]:
+        """The batches on the device, cut to as many rows as one pass has memory for, where losses are known by row."""
+        for batch in batches:
+            rows = _rows(batch)
+            size = rows
+            if self._shifted is not None:
+                size = max(1, rows * self._memory_bytes // max(1, self._bytes(batch, kept=kept)))
+            for start in range(0, rows, size) if size < rows else (None,):
+                part = [batch] if start is None else rows_between([batch], start, min(rows, start + size))
+                yield from (batch_to(one, self._device) for one in part)
 
     @property
     def by_rows(self) -> bool:
@@ -200,6 +226,23 @@ class Ablation:
 
     def prepare(self, batch: Any) -> None:
         """Looks, in a few passes over a batch, which savings give what the model itself gives."""
+        failure: Exception | None = None
+        try:
+            self._look_at(batch)
+        except Exception as error:  # noqa: BLE001  (re-raised below, once the other processes know)
+            failure = error
+        _raise_everywhere(failure)
+        self._agree()
+        self._passes, self._sequences = 0, 0.0  # what scoring costs, without this look
+
+    def _agree(self) -> None:
+        """Processes that found other savings on their devices take none, or they would compute different passes."""
+        found = (self._shifted, len(self._blocks), sorted(self._dims.items()))
+        if any(other != found for other in gather_objects(found)):
+            self._shifted, self._blocks, self._dims = None, (), {}
+            self.remarks = ("processes found different savings: every ablation takes a whole pass of its own",)
+
+    def _look_at(self, batch: Any) -> None:
         remarks = []
         with self._as_found(), torch.no_grad():
             batch = batch_to(batch, self._device)
@@ -219,7 +262,6 @@ class Ablation:
                 self._blocks = ()
                 remarks.append("the blocks do not simply follow one another: passes go through the whole model")
         self.remarks = tuple(remarks)
-        self._passes, self._sequences = 0, 0.0  # what scoring costs, without this look
 
     def forecast(self, batches: Sequence[Any], slots: Slots) -> float:
         """Seconds that `exact` will take in this process, from the pass that `prepare` timed; 0 before it."""
@@ -281,8 +323,8 @@ class Ablation:
         parts, weight = [], 0.0
         try:
             with self._as_found(), torch.no_grad():
-                for batch in batches:
-                    parts.append(self._losses_of(batch_to(batch, self._device), slots))
+                for batch in self._pieces(batches):
+                    parts.append(self._losses_of(batch, slots))
                     weight += self._weight(batch)
         except Exception as error:  # noqa: BLE001  (re-raised below, once the other processes know)
             failure = error
@@ -294,13 +336,18 @@ class Ablation:
     ) -> tuple[Float64[Tensor, "2 n rows"], Float64[Tensor, "2 rows"], float]:
         """Slopes of every row's summed -losses in each scored gate, at M and at 0; the losses there; the labels."""
         slopes, ends, weight = [], [], 0.0
-        with self._as_found(), torch.enable_grad():
-            for batch in (batch_to(one, self._device) for one in batches):
-                found = [self._slopes_at(batch, slots, float(at)) for at in (1, 0)]
-                slopes.append(torch.stack([slope for slope, _ in found]))
-                ends.append(torch.stack([end for _, end in found]))
-                with torch.no_grad():
-                    weight += self._weight(batch)
+        failure: Exception | None = None
+        try:
+            with self._as_found(), torch.enable_grad():
+                for batch in self._pieces(batches, kept=True):
+                    found = [self._slopes_at(batch, slots, float(at)) for at in (1, 0)]
+                    slopes.append(torch.stack([slope for slope, _ in found]))
+                    ends.append(torch.stack([end for _, end in found]))
+                    with torch.no_grad():
+                        weight += self._weight(batch)
+        except Exception as error:  # noqa: BLE001  (re-raised below, once the other processes know)
+            failure = error
+        _raise_everywhere(failure)
         both = (torch.cat(slopes, dim=2), torch.cat(ends, dim=1))
         if process_index() > 0:
             both = (torch.zeros_like(both[0]), torch.zeros_like(both[1]))
@@ -370,7 +417,7 @@ class Ablation:
                     losses[row, -1] = self._sums(batch, 1)[0]
         before: list[Any] = [None, None]
         for index, names in self._stages(slots):
-            for chunk in self._chunks(slots, names, _rows(batch)):
+            for chunk in self._chunks(slots, names, self._shared(batch)):
                 for row in (0, 1):
                     if turn % world_size() == process_index():
                         found = self._ablated(batch, index, before[row], chunk, row)
@@ -389,10 +436,9 @@ class Ablation:
         for index in range(len(self._blocks)):
             yield index, [name for name, own in placed.items() if own == index]
 
-    def _chunks(self, slots: Slots, names: Sequence[str], rows: int) -> Iterator[list[tuple[str, int]]]:
+    def _chunks(self, slots: Slots, names: Sequence[str], shared: int) -> Iterator[list[tuple[str, int]]]:
         """Ranks that share a pass; those of layers that do not see whole samples take one each."""
         together = [(name, slot) for name in names if name in self._dims for slot in slots[name]]
-        shared = self._shared(rows)
         for start in range(0, len(together), shared):
             yield together[start : start + shared]
         yield from ([(name, slot)] for name in names if name not in self._dims for slot in slots[name])
@@ -484,7 +530,12 @@ class Ablation:
     # --- what holds of this model -----------------------------------------------------------------------------------
 
     def _find_loss(self, batch: Any) -> bool | None:
-        """Whether the labels are shifted in the loss; None if it is not the mean cross-entropy of the logits."""
+        """Whether the labels are shifted in the loss; None if it is not the mean cross-entropy of the logits.
+
+        A loss of the user's own is taken as it is: a term that vanishes now may count later.
+        """
+        if not self._own_loss:
+            return None
         own = float(self._loss(self._model, batch)[0])
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim():
@@ -497,13 +548,10 @@ class Ablation:
             losses = token_losses(logits, labels, shifted=shifted)
             counted = int(((labels[:, 1:] if shifted else labels) != -100).sum())
             apart[shifted] = abs(float(losses.cpu().double().sum()) / max(1, counted) - own)
-        tokens = [one.numel() for one in batch.values() if isinstance(one, Tensor) and not one.is_floating_point()]
-        self._positions, self._rows_seen = max(1, *tokens), _rows(batch)
-        widest = max(layer.base.shape.cost for layer in self._layers.values())
-        # A rough peak: logits and log-probabilities in float32, and a few vectors of the widest layer, a position.
-        self._bytes_each = 4 * (3 * labels.numel() * logits.shape[-1] + 4 * self._positions * widest)
+        self._positions, self._classes = _positions(batch), logits.shape[-1]
+        self._bytes_each = self._bytes(batch)
         best = min(apart, key=lambda shifted: apart[shifted])
-        return best if apart[best] <= 1e-3 * max(1.0, abs(own)) else None
+        return best if apart[best] <= self._tolerance() * max(1.0, abs(own)) else None
 
     def _find_shapes(self, batch: Any) -> list[int]:
         """Notes which layers see whole samples, and how; returns the blocks in the order in which they compute."""
@@ -516,8 +564,21 @@ class Ablation:
                 inner = layer.module.lora_A[layer.adapter_name]
                 stack.callback(inner.register_forward_hook(_noting_shape(shapes[name])).remove)
             self._sums(batch, 1)
+            once = {name: list(seen) for name, seen in shapes.items()}
+            for seen in shapes.values():
+                seen.clear()
+            if self._shifted is not None:
+                self._sums(batch, 2)
         rows = _rows(batch)
-        whole = {name: seen for name, seen in shapes.items() if seen and all(one[0] == rows for one in seen)}
+
+        def sees_rows(name: str) -> bool:
+            """Once for one row and twice for two; how many tokens come to an expert follows no batch."""
+            first, second = once[name], shapes[name]
+            doubled = self._shifted is None or all(one[0] == 2 * rows for one in second)
+            return bool(first) and all(one[0] == rows for one in first) and doubled and not _EXPERT.search(name)
+
+        whole = {name: once[name] for name in self._layers if sees_rows(name)}
+        order = order[: len(self._blocks)] if self._shifted is not None else order
         self._dims = {name: len(seen[0]) for name, seen in whole.items() if len(set(map(len, seen))) == 1}
         return order
 
@@ -609,6 +670,15 @@ def _noting_shape(seen: list[torch.Size]) -> Callable[[nn.Module, Any, Tensor], 
 
 def _flat(slots: Slots) -> list[tuple[str, int]]:
     return [(name, slot) for name, chosen in slots.items() for slot in chosen]
+
+
+def _positions(batch: Any) -> int:
+    """Tokens of a batch, or labels where it holds no tokens."""
+    if not isinstance(batch, Mapping):
+        return 1
+    return max(
+        1, *(one.numel() for one in batch.values() if isinstance(one, Tensor) and not one.is_floating_point()), 1
+    )
 
 
 def _rows(batch: Any) -> int:

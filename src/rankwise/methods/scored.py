@@ -10,7 +10,7 @@ from torch import Tensor
 from rankwise.errors import ConfigError
 from rankwise.methods.schedule import Scene
 
-__all__ = ["batches_hash", "labelled", "row_groups", "rows_between"]
+__all__ = ["batches_hash", "labelled", "row_counts", "row_groups", "rows_between"]
 
 
 def labelled(scene: Scene, method_id: str) -> list[Any]:
@@ -51,6 +51,14 @@ def row_groups(batches: Sequence[Any], rows: int) -> list[list[Any]]:
     total = sum(len(batch["labels"]) for batch in batches)
     starts = range(0, max(1, total - rows + 1), rows)
     return [rows_between(batches, start, min(total, start + rows)) for start in starts]
+
+
+def row_counts(groups: Sequence[Sequence[Any]]) -> list[int]:
+    """The sequences of every group; none where one's are not known."""
+    batches = [batch for group in groups for batch in group]
+    if any(not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor) for batch in batches):
+        return []
+    return [sum(len(batch["labels"]) for batch in group) for group in groups]
 
 
 def rows_between(batches: Sequence[Any], start: int, end: int) -> list[Any]:

@@ -113,6 +113,8 @@ def evaluate(job: Job, session: "Session", trainer: "Trainer", recorder: "Record
         if job.config.task == "classification":
             figures.setdefault("majority_share", majority_share(job.prepared.train, rows))
     trained = sum(parameter.numel() for parameter in session.model.parameters() if parameter.requires_grad)
+    ranks = session.plan.ranks  # beside them there may be slots for ranks to come, which the budget does not hold
+    trained -= sum((layer.rank - ranks[name]) * layer.base.shape.cost for name, layer in session.layers.items())
     figures |= {"train_loss": recorder.figures.get("train_loss"), "steps": session.step}
     return {**figures, "trained_parameters": trained}
 
