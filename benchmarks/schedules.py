@@ -5,10 +5,11 @@ validation batch of 32 x 64 tokens, against the 2R + 1 forward passes of the def
 each, R being the live ranks). Exact scores are held against the definition's on one seed; screened ones against exact
 ones on all seeds: the ranks that would be pruned, up to ties within 1e-6 of the last one.
 `steps`: a training step of a session beside a stock PEFT LoRA step of the same slots, alternating, 8 x 768 Llama.
+`recompression`: cutting 20 boosters a layer to the budget of r = 8, beside the time of a run of 600 steps.
 `compilations`: how often torch.compile compiles a model whose ranks move in 12 events.
 `large`: one exact and one screened round of the 8 x 768 Llama. Ratios are of processor time on one thread.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.schedules [--parts scoring steps compilations large] [--seeds 20]
+    OMP_NUM_THREADS=1 python -m benchmarks.schedules [--parts scoring steps ...] [--seeds 20]
 """
 
 import argparse
@@ -28,6 +29,8 @@ from torch import Tensor
 
 import rankwise as rw
 from rankwise.adapters.attach import attach_lora
+from rankwise.export.fold import fold
+from rankwise.export.truncate import truncate_adapter
 from rankwise.methods.ab_lora import ABLoRA, ABLoRASchedule, lowest
 from rankwise.methods.ablation import Ablation, Scores
 from rankwise.methods.screening import screened
@@ -37,8 +40,16 @@ OUT = Path("benchmarks/results/schedules.json")
 ROWS, LENGTH, R = 32, 64, 8
 TRAINED = (40, 150)
 TIE = 1e-6
-LIMITS = {"exact": 1.5, "screened, 40 steps": 4.0, "screened, 150 steps": 2.5, "step": 1.05, "xgblora step": 1.15}
+LIMITS = {
+    "exact": 1.5,
+    "screened, 40 steps": 4.0,
+    "screened, 150 steps": 2.5,
+    "step": 1.05,
+    "xgblora step": 1.15,
+    "recompression": 0.01,
+}
 STEPS = 31
+RUN = 600
 LONG = 10_000
 """Steps that a timed run says it has: no event falls among the few that are timed."""
 METHODS: dict[str, Callable[[], Any]] = {
@@ -243,6 +254,32 @@ def _step_ratio(name: str, method: Any, pairs: int) -> dict[str, Any]:
     return {"ratio": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "pairs": len(ratios)}
 
 
+def recompression() -> dict[str, Any]:
+    """Twenty rounds of one step each, in all layers, folded and cut to the budget of r."""
+    base = llama_8x768()
+    batches = causal_batches(base, 8)
+    rounds = 20
+    session = rw.attach(base, rw.XGBLoRA(rounds=rounds, layers_fraction=1.0), r=R)
+    optimizer, scheduler = session.optimizers(ARGS, rounds)
+    session.begin(optimizer, rounds)
+    session.model.train()
+    step = step_function(session.model, optimizer, scheduler, batches, session)
+    seconds = [timed(step, number)[1] for number in range(1, rounds + 1)]
+    session.end(rounds)
+    folded = fold(session.model, session.fold_state)
+    spent, (cut, told) = processor(lambda: truncate_adapter(folded, session.plan.budget))
+    session.close()
+    run = RUN * statistics.median(seconds)
+    return {
+        "ranks_before": [min(folded.ranks.values()), max(folded.ranks.values())],
+        "ranks_after": [min(cut.ranks.values()), max(cut.ranks.values())],
+        "discarded": None if told is None else round(told.total, 4),
+        "seconds": round(spent, 3),
+        "share_of_a_run": round(spent / run, 5),
+        "run_steps": RUN,
+    }
+
+
 def compilations() -> dict[str, Any]:
     return {name: _compiled(name) for name in METHODS}
 
@@ -289,7 +326,9 @@ def _compiled(name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("scoring", "steps", "compilations", "large"), default=None)
+    parser.add_argument(
+        "--parts", nargs="+", choices=("scoring", "steps", "recompression", "compilations", "large"), default=None
+    )
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=STEPS - 2)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -307,6 +346,7 @@ def main() -> None:
     parts = {
         "compilations": compilations,
         "steps": lambda: steps(options.pairs),
+        "recompression": recompression,
         "large": large,
         "scoring": lambda: scoring(options.seeds),
     }

@@ -147,6 +147,76 @@ def perturbation() -> str:
     return "\n".join(lines)
 
 
+def schedules() -> str:
+    found = load("schedules")
+    limits = found["limits"]
+    lines = [
+        "## Ranks that move",
+        "",
+        "Processor time on one thread. `OMP_NUM_THREADS=1 python -m benchmarks.schedules`",
+    ]
+    if "scoring" in found:
+        lines += _scoring(found, limits)
+    if "steps" in found:
+        lines += [
+            "",
+            f"A training step beside a stock PEFT LoRA step of the same slots (XGBLoRA: of the rank that it exports), {found['stepped_model']}:",
+            "",
+            "| method | ratio, median (quartiles) | limit | pairs of steps |",
+            "|---|---:|---:|---:|",
+        ]
+        for name, one in found["steps"].items():
+            low, high = one["quartiles"]
+            limit = limits["xgblora step"] if name == "xgblora" else limits["step"]
+            lines.append(f"| {name} | {one['ratio']:.3f} ({low:.2f}-{high:.2f}) | {limit} | {one['pairs']} |")
+    if "recompression" in found:
+        one = found["recompression"]
+        before, after = (f"{low} to {high}" for low, high in (one["ranks_before"], one["ranks_after"]))
+        lines += [
+            "",
+            f"Cutting {before} ranks a layer to {after} under the budget of r = 8 takes {one['share_of_a_run']:.2%} of a run of {one['run_steps']} "
+            f"steps (limit {limits['recompression']:.0%}).",
+        ]
+    if "compilations" in found:
+        told = ", ".join(
+            f"{name} {one['compiled_later']} in {one['events']} events" for name, one in found["compilations"].items()
+        )
+        lines += ["", f"Compilations by torch.compile after the first step of 60: {told}."]
+    return "\n".join(lines)
+
+
+def _scoring(found: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    part = found["scoring"]
+    lines = [
+        "",
+        f"AB-LoRA's scores of all ranks, {found['scored_model']}, against the 2R + 1 passes of the definition:",
+        "",
+        "| | exact (lowest-highest) | limit | screened (lowest-highest) | limit | same ranks up to ties | sequences of exact's |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in ("40 steps", "150 steps"):
+        one = part[name]
+        shares = [seed["screened_sequences"] / seed["exact_sequences"] for seed in one["seeds"]]
+        lines.append(
+            f"| after {name} | {spread(one['exact_speedup'])} x | {limits['exact']} | {spread(one['screened_speedup'])} x | "
+            f"{limits[f'screened, {name}']} | {one['same_up_to_ties']} of {one['of']} | {sum(shares) / len(shares):.0%} |"
+        )
+    own = part["exact_against_plain"]
+    lines += [
+        "",
+        f"Exact scores differ from the definition's by at most {own['largest_difference_of_a_term']:.1e}, measured on all ranks of one model, and "
+        f"prune the same ranks up to ties: {'yes' if own['same_up_to_ties'] else 'no'}. A scoring pass takes about {own['pass_megabytes']:g} MB of "
+        f"activations; `scoring_bytes` ({own['scoring_bytes'] / 2**30:g} GiB) bounds it.",
+    ]
+    if "large" in found:
+        one = found["large"]
+        lines.append(
+            f"One round of the 8 x 768 Llama ({one['ranks']} ranks): exact {one['exact_speedup']:.2f} x, screened {one['screened_speedup']:.2f} x, "
+            f"{one['differing']} of {one['pruned']} ranks differ."
+        )
+    return lines
+
+
 def optimizers() -> str:
     found = load("optimizers")
     lines = [
@@ -247,7 +317,7 @@ def start() -> str:
 
 
 def main() -> None:
-    sections = (calibration, lora_ga, training_step, perturbation, optimizers, plan_initialize, start)
+    sections = (calibration, lora_ga, training_step, perturbation, optimizers, schedules, plan_initialize, start)
     PAGE.write_text("\n\n".join([HEAD.rstrip(), *(section() for section in sections)]) + "\n")
     print(PAGE)
 

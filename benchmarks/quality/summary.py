@@ -1,5 +1,7 @@
 """The tables of docs/benchmark.md from the runs that are there; intervals by a paired bootstrap of rows and seeds."""
 
+# ruff: noqa: E501  (a table's line is a line)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +10,23 @@ import numpy as np
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.records import Record, load_all
 from benchmarks.quality.schedule import LADDER, best_rate, interior
+from benchmarks.quality.setting import STEPS
+from scipy import stats
 
 __all__ = ["Difference", "paired_bootstrap", "write"]
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmark.md"
 BEGIN, END = "<!-- tables: begin (python -m benchmarks.quality summary) -->", "<!-- tables: end -->"
 RESAMPLES = 4_000
+KINDS = {
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "attention output",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+}
+BLOCKS = 6
 MAJORITY = 0.1305  # the share of the largest class among the first 2,000 test rows
 FIRST_FIGURES = {"uniform-r1": 0.7057, "uniform-r4": 0.7352, "uniform-r16": 0.7525}  # on the first 2,000 test rows
 
@@ -50,7 +63,9 @@ def paired_bootstrap(differences: np.ndarray, *, resamples: int = RESAMPLES, see
 def write() -> str:
     """Writes the tables into docs/benchmark.md, between their marks, and returns them."""
     records = load_all()
-    tables = "\n\n".join([_results(records), _comparisons(records), _curves(records)])
+    tables = "\n\n".join(
+        [_results(records), _comparisons(records), _places(records), _terms(records), _curves(records)]
+    )
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -139,6 +154,69 @@ def _reading(accuracy: Difference, nll: Difference, seeds: int) -> str:
         return "not separable"
     word = "better" if accuracy.sign > 0 else "worse"
     return word if seeds > 1 else f"{word} on these rows, one seed"
+
+
+def _places(records: Sequence[Record]) -> str:
+    """Where the ranks of the long runs lie in the end: means over the layers of a kind or a block, and over seeds."""
+    lines = [
+        "### Where ranks end after 600 steps",
+        "",
+        "Mean rank of the layers of a kind, then of a block, of the adapter that is served; means over the seeds at the best learning rate.",
+        "",
+        "| arm | seeds | parameters | "
+        + " | ".join([*KINDS.values(), *(f"block {block}" for block in range(BLOCKS))])
+        + " |",
+        "|---|---:|---:|" + "---:|" * (len(KINDS) + BLOCKS),
+    ]
+    for arm in ARMS:
+        runs = list(_chosen(arm, records).values()) if arm.steps != STEPS else []
+        if not runs:
+            continue
+        served = [
+            run.data.get("served", {"ranks": run.data["ranks"], "parameters": run.data["parameters"]}) for run in runs
+        ]
+        places = [lambda name, kind=kind: name.split(".", 3)[3] == kind for kind in KINDS]
+        places += [lambda name, block=block: f"layer.{block}." in name for block in range(BLOCKS)]
+        names = list(runs[0].data["ranks"])
+        cells = [
+            np.mean([[one["ranks"].get(name, 0) for name in names if inside(name)] for one in served])
+            for inside in places
+        ]
+        parameters = np.mean([one["parameters"] for one in served])
+        lines.append(
+            f"| {arm.title} | {len(runs)} | {parameters:,.0f} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _terms(records: Sequence[Record]) -> str:
+    """Both terms of AB-LoRA's scores: what decided, in the first and the last round."""
+    lines = [
+        "### Both terms of AB-LoRA's scores",
+        "",
+        "Over all live ranks of a round (seed 0 at the best learning rate): standard deviations of what switching a rank off loses and of what it wins "
+        "alone, and the rank correlation of each term with the score. Every value of every round is in the runs' files.",
+        "",
+        "| arm | round | ranks | spread of the loss without it | spread of the gain alone | correlation with the score: without it | alone |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for arm in ARMS:
+        if not arm.name.startswith("ab-lora") or 0 not in _chosen(arm, records):
+            continue
+        changes = _chosen(arm, records)[0].data["changes"]
+        rounds = [change for change in changes if "figures" in change and "round" in change["figures"]]
+        for event in (rounds[0], rounds[-1]):
+            details = [c["detail"] for c in changes if c["step"] == event["step"] and "detail" in c]
+            drop, solo, score = (
+                np.array([value for one in details for value in one[term]], dtype=float)
+                for term in ("drop", "solo", "importance")
+            )
+            found = [float(stats.spearmanr(term, score).statistic) for term in (drop, solo)]
+            lines.append(
+                f"| {arm.title} | {event['figures']['round']:g} | {len(score)} | {drop.std():.4f} | {solo.std():.4f} | "
+                f"{found[0]:.2f} | {found[1]:.2f} |"
+            )
+    return "\n".join(lines)
 
 
 def _curves(records: Sequence[Record]) -> str:
