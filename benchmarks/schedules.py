@@ -117,19 +117,27 @@ def agree(chosen: Any, wanted: Any, values: dict[str, Tensor], slots: Any, count
     return len(apart) // 2, ties
 
 
-def scoring(seeds: int) -> dict[str, Any]:
-    results: dict[str, Any] = {"exact_against_plain": _against_the_definition()}
-    for steps in TRAINED:
-        results[f"{steps} steps"] = {"seeds": []}
-    for seed in range(seeds):
+def scoring(seeds: int, results: dict[str, Any], keep: Callable[[], None]) -> dict[str, Any]:
+    """The seeds that are not there yet; `keep` is called after each, so that a stopped run can go on."""
+    if not results:
+        results |= {"exact_against_plain": _against_the_definition()}
+        results |= {f"{steps} steps": {"seeds": []} for steps in TRAINED}
+    for seed in range(len(results[f"{TRAINED[-1]} steps"]["seeds"]), seeds):
         session, schedule, ablation, validation = scored_session(llama_4x256(seed), seed)
         parts, done = None, 0
         for steps in TRAINED:
             parts = train(session, steps - done, seed, parts=parts)
             done = steps
-            results[f"{steps} steps"]["seeds"].append(_one_seed(schedule, ablation, validation))
+            found = results[f"{steps} steps"]["seeds"][:seed]
+            results[f"{steps} steps"]["seeds"] = [*found, _one_seed(schedule, ablation, validation)]
         session.close()
+        _summed(results)
+        keep()
         print(seed, {name: part["seeds"][-1] for name, part in results.items() if "seeds" in part}, flush=True)
+    return results
+
+
+def _summed(results: dict[str, Any]) -> None:
     for steps in TRAINED:
         part = results[f"{steps} steps"]
         found = part["seeds"]
@@ -138,7 +146,6 @@ def scoring(seeds: int) -> dict[str, Any]:
         part["same_up_to_ties"] = sum(one["same_up_to_ties"] for one in found)
         part["ranks_missed"] = sum(one["differing"] for one in found if not one["same_up_to_ties"])
         part["of"] = len(found)
-    return results
 
 
 def _one_seed(schedule: ABLoRASchedule, ablation: Ablation, validation: list[Any]) -> dict[str, Any]:
@@ -343,12 +350,16 @@ def main() -> None:
         "clock": "processor time on one thread",
         **circumstances("accelerate"),
     }
+
+    def keep() -> None:
+        write_report(options.out, report)
+
     parts = {
         "compilations": compilations,
         "steps": lambda: steps(options.pairs),
         "recompression": recompression,
         "large": large,
-        "scoring": lambda: scoring(options.seeds),
+        "scoring": lambda: scoring(options.seeds, report.setdefault("scoring", {}), keep),
     }
     for name in options.parts or list(parts):
         measure_parts(report, parts, [name], 1)
