@@ -48,6 +48,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 SHARDABLE = ("gora lora-rite", "lora-ga lora-pro", "gora ggpo", "rora mgpo")
 COMPOSED = (*SHARDABLE, "ab-lora", "sora", "beamlora", "xgblora")
 ALONE = ("gora", "lora-ga", "lora-ga base", "lora-pro", "lora-pro full", "lora-rite", "ggpo", "mgpo")
+SCORED = ("ab-lora screened", "ab-lora taylor")
 BY_UPDATE = ("gora lora-rite: ",)
 """Compared by the update alone: its size decides how RITE steps, and from a small lora_B (GoRA's) lora_A grows by what
 round-off leaves, without an effect on the product."""
@@ -59,7 +60,11 @@ def compared(alone: dict[str, Tensor], first: dict[str, Tensor]) -> tuple[dict[s
     return {name: alone[name] for name in names}, {name: first[name] for name in names}
 
 
-@pytest.mark.parametrize("recipes", [COMPOSED, pytest.param(ALONE, marks=pytest.mark.slow)], ids=["composed", "alone"])
+@pytest.mark.parametrize(
+    "recipes",
+    [COMPOSED, pytest.param(ALONE, marks=pytest.mark.slow), pytest.param(SCORED, marks=pytest.mark.slow)],
+    ids=["composed", "alone", "scored"],
+)
 def test_plan_start_and_weights_agree_with_one_process_also_past_a_nan(tmp_path: Path, recipes: tuple[str, ...]):
     alone = run(workers.accelerate_loop, 1, tmp_path / "one", *recipes)[0]
     first, second = run(workers.accelerate_loop, 2, tmp_path / "two", *recipes)

@@ -432,6 +432,28 @@ def test_a_zero_gate_may_come_back_unless_it_is_frozen() -> None:
         assert bool(session.schedule.gates.value("up")[0]) is expected
 
 
+def test_s7_without_gradients_a_gate_falls_by_lambda_times_the_rate_of_every_step() -> None:
+    session = rw.attach(
+        net(), SoRA(threshold=4.0, gate_init="ones"), r=2, lora_alpha=4, target_modules=["up", "down"], seed=0
+    )
+    optimizer, scheduler = session.optimizers(arguments(lr_scheduler_type="linear"), 10)
+    session.begin(optimizer, 10)
+    gate = 1.0
+    for step, batch in enumerate(batches(10), 1):
+        session.before_step(step)
+        (session.model(**batch).loss * 0).backward()
+        gate = max(gate - 4.0 * optimizer.param_groups[0]["lr"], 0.0)
+        session.before_optimizer_step(step)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        session.after_step(step)
+        for value in session.fold_state.gates.values():
+            assert value.tolist() == pytest.approx([gate] * 2, abs=1e-6)
+    assert 0.3 < gate < 0.4
+    session.close()
+
+
 def test_gates_that_no_step_reached_fail_the_run() -> None:
     session = rw.attach(net(), SoRA(), r=2, lora_alpha=4, target_modules=["up", "down"], seed=0)
     optimizer, _ = session.optimizers(arguments(), 6)

@@ -65,6 +65,8 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "lora-pro full": (method_from_id("lora-pro", {"mode": "full"}),),
     "lora-rite": ("lora-rite",),
     "ab-lora": (method_from_id("ab-lora", {"prune_per_round": 3, "sequences": 6}),),
+    "ab-lora screened": (method_from_id("ab-lora", {"prune_per_round": 3, "score": "screened", "sequences": 12}),),
+    "ab-lora taylor": (method_from_id("ab-lora", {"prune_per_round": 3, "score": "taylor", "sequences": 6}),),
     "sora": (method_from_id("sora", {"target_density": 0.5}),),
     "beamlora": (method_from_id("beamlora", {"reset_every": 3, "cumsum_threshold": 0.8}),),
     "xgblora": (method_from_id("xgblora", {"round_steps": 3, "layers_fraction": 0.5}),),
@@ -107,7 +109,9 @@ def new_session(job: Job) -> Session:
 def validation_of(job: Job) -> list[Any] | None:
     """What a schedule scores on; None where none scores."""
     owner = recipe_of(job).schedule
-    return [causal_batch(seed, rows=3) for seed in (40, 41)] if owner is not None and owner.needs_validation else None
+    return (
+        [causal_batch(seed, rows=3) for seed in range(40, 44)] if owner is not None and owner.needs_validation else None
+    )
 
 
 def resumed_session(job: Job, checkpoint: Path) -> Session:

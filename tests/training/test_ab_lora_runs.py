@@ -78,6 +78,30 @@ def test_slots_are_empty_and_the_scaling_is_that_of_the_rank(rule: ScalingRule) 
         assert not layer.lora_B.any()
 
 
+@pytest.mark.parametrize("rule", list(ScalingRule))
+def test_stock_peft_reads_a_checkpoint_with_slots_as_the_run_has_it(rule: ScalingRule, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    plain = rw.plan(tiny_llama(), "lora", r=3, lora_alpha=10, target_modules=TARGETS)
+    ranks = [1 + index % 3 for index in range(len(plain.ranks))]
+    given = rw.RankPlan.from_shapes(
+        [layer.shape for layer in plain.layers], ranks, r=3, lora_alpha=10, scaling_rule=rule
+    )
+    method: list[Any] = [ABLoRA(prune_per_round=3)]
+    if rule is ScalingRule.ALPHA_OVER_SQRT_RANK:
+        method.append("rora")
+    session = rw.attach(tiny_llama(), method, plan=given, validation=VALIDATION)
+    optimizer, scheduler = walk(session)
+    session.save(tmp_path / "checkpoint-12", optimizer=optimizer, scheduler=scheduler)
+    session.model.eval()
+    with torch.no_grad():
+        wanted = session.model(input_ids=BATCHES[0]["input_ids"]).logits
+        loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "checkpoint-12")).eval()
+        found = loaded(input_ids=BATCHES[0]["input_ids"]).logits
+    assert float((found - wanted).abs().max()) <= 1e-6
+    session.close()
+
+
 def test_attach_gives_room_for_one_rank_a_round_and_a_dropped_layer_none() -> None:
     plan = rw.plan(tiny_llama(), ABLoRA(), r=2, target_modules=TARGETS)
     dropped = next(iter(plan.ranks))

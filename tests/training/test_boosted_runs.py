@@ -9,7 +9,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import rankwise as rw
 from rankwise.adapters.attach import adapted_layers
@@ -149,6 +156,25 @@ def test_boosters_above_the_budget_are_cut_to_the_best_that_fits_and_the_loss_is
     assert report.logit_error == pytest.approx(found_error, rel=1e-2)
     assert any("max_rank auto" in note and f"the budget is {session.plan.budget}" in note for note in report.notes)
     assert "discards" in check(session, "export").message
+
+
+def test_merged_weights_hold_every_rank(tmp_path: Path) -> None:
+    session = trained(GROWING, steps=12)
+    wanted = logits(session.model)
+    session.export(tmp_path / "merged", layout="merged", batch=PROBE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), wanted, atol=1e-5)
+
+
+def test_x4_on_a_bfloat16_base_the_export_is_the_model_within_its_rounding(tmp_path: Path) -> None:
+    session = rw.attach(tiny_llama().to(torch.bfloat16), GROWING, r=4, target_modules=TARGETS)
+    walk(session, 8)
+    wanted = logits(session.model).float()
+    report = session.export(tmp_path / "adapter", batch=PROBE)
+    assert report.compression is None
+    served = PeftModel.from_pretrained(tiny_llama().to(torch.bfloat16), tmp_path / "adapter")
+    error = (logits(served).float() - wanted).abs().max() / wanted.abs().max()
+    assert error <= 2e-2
 
 
 def test_every_rank_is_exported_where_that_was_asked_for(tmp_path: Path) -> None:

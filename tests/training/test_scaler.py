@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from rankwise.methods.sora import SoRA
+from rankwise.methods.xgblora import XGBLoRA
 from rankwise.training.attach import attach
 from rankwise.training.scaler import take_out_scale
 from rankwise.training.session import Session
@@ -60,6 +62,26 @@ def test_a_step_that_the_scaler_skips_counts_for_the_schedule_and_fails_no_check
     session.end(2)
     assert session.schedule.steps == 2
     assert (session.health.gradients.steps, session.health.status) == (1, "passed")
+    session.close()
+
+
+def test_soras_threshold_does_not_act_in_a_step_that_the_scaler_skips():
+    session, optimizer, _ = started(SoRA(threshold=50.0, threshold_scale="lr", gate_init="ones"))  # 0.5 a step
+    step(session, optimizer, 1, factor=float("inf"))
+    assert optimizer.step_was_skipped
+    assert all(bool((gate == 1).all()) for gate in session.fold_state.gates.values())
+    step(session, optimizer, 2)
+    assert all(bool((gate < 0.6).all()) for gate in session.fold_state.gates.values())
+    session.close()
+
+
+def test_a_skipped_step_still_counts_for_xgbloras_rounds():
+    session, optimizer, _ = started(XGBLoRA(round_steps=2, layers_fraction=1.0))
+    step(session, optimizer, 1, factor=float("inf"))
+    assert not any(layer.lora_B.any() for layer in session.layers.values())
+    assert not session.fold_state.boosters
+    step(session, optimizer, 2)
+    assert session.fold_state.boosters.keys() == session.layers.keys()
     session.close()
 
 
