@@ -337,7 +337,8 @@ def tensor_bytes() -> int:
     """Bytes of all tensors that are alive, each storage once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        alive = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+        # Of no other class: those that torch.compile left behind have no memory to ask for.
+        alive = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
 
 

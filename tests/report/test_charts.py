@@ -2,7 +2,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankwise.report.charts import Line, importance_bars, line_chart, stacked_bar
@@ -41,6 +41,7 @@ def test_a_picture_names_and_describes_itself() -> None:
 
 
 @given(finite, finite)
+@example(0.0, 5e-324)
 def test_ticks_cover_the_range_in_equal_steps(first: float, second: float) -> None:
     low, high = sorted((first, second))
     places = ticks(low, high)

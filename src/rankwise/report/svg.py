@@ -1,6 +1,7 @@
 """Small pieces for drawing SVG by hand: escaped elements, an accessible frame, color steps and axis ticks."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
@@ -82,7 +83,7 @@ def ticks(low: float, high: float, count: int = 4) -> tuple[float, ...]:
         high: finite, >= low.
         count: about how many steps.
     """
-    if high <= low:
+    if high - low < sys.float_info.min:  # equal, or apart by less than a step could be
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / count
