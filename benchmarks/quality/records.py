@@ -40,6 +40,11 @@ class Record:
         """Whether the test rows were evaluated."""
         return self.data["test"] is not None
 
+    @property
+    def served(self) -> dict[str, Any]:
+        """`ranks` and `parameters` of the adapter that was scored: the plan's, or what moving ranks left."""
+        return self.data.get("served") or {key: self.data[key] for key in ("ranks", "parameters")}
+
     def test_scores(self) -> Scores:
         """Right or wrong, and NLL, of each test row."""
         packed = self.data["test"]["rows"]

@@ -95,7 +95,7 @@ def _results(records: Sequence[Record]) -> str:
         first = _spread([100 * test["accuracy_first_2000"] for test in tests], 2)
         best = best_rate(arm, records)
         edge = "" if interior(arm, records) else " (grid unfinished)"
-        parameters = sorted({run.data["parameters"] for run in runs.values()})
+        parameters = sorted({run.served["parameters"] for run in runs.values()})
         size = f"{parameters[0]:,}" if len(parameters) == 1 else f"{parameters[0]:,} to {parameters[-1]:,}"
         lines.append(
             f"| {arm.title} | {size} | {best:g}{edge} | {len(runs)} | {accuracy} | "
@@ -172,9 +172,7 @@ def _places(records: Sequence[Record]) -> str:
         runs = list(_chosen(arm, records).values()) if arm.steps != STEPS else []
         if not runs:
             continue
-        served = [
-            run.data.get("served", {"ranks": run.data["ranks"], "parameters": run.data["parameters"]}) for run in runs
-        ]
+        served = [run.served for run in runs]
         places = [lambda name, kind=kind: name.split(".", 3)[3] == kind for kind in KINDS]
         places += [lambda name, block=block: f"layer.{block}." in name for block in range(BLOCKS)]
         names = list(runs[0].data["ranks"])
