@@ -209,6 +209,7 @@ def _default(name: str) -> "Callable[[Arm], Method]":
 _ONE, _FOUR, _SIXTEEN = (4.5e-3, 6e-3, 9e-3), (3e-3, 4.5e-3, 6e-3), (1.5e-3, 3e-3, 4.5e-3)
 _LOW, _RITE = (7.5e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 4.5e-3)
 _LONG, _R2, _R4 = (3e-3, 4.5e-3, 6e-3), "uniform-r2-long", "uniform-r4-long"
+_BOOST = (4.5e-3, 9e-3, 1.5e-2)  # a booster trains for a round only
 _GORA_RITE = _methods(_gora, _default("LoRARITE"))
 _GA_PRO = _methods(_default("LoRAGA"), _default("LoRAPro"))
 
@@ -255,6 +256,6 @@ ARMS: tuple[Arm, ...] = (
     Arm("sora-r4-long", "SoRA from r = 4, 600 steps", 4, _LONG, _methods(_default("SoRA")), _R4, 600),
     Arm("beamlora-r2-long", "BeamLoRA, r = 2, 600 steps", 2, _LONG, _methods(_default("BeamLoRA")), _R2, 600),
     Arm("beamlora-r4-long", "BeamLoRA, r = 4, 600 steps", 4, _LONG, _methods(_default("BeamLoRA")), _R4, 600),
-    Arm("xgblora-r2-long", "XGBLoRA, r = 2, 600 steps", 2, _LONG, _methods(_default("XGBLoRA")), _R2, 600),
-    Arm("xgblora-r4-long", "XGBLoRA, r = 4, 600 steps", 4, _LONG, _methods(_default("XGBLoRA")), _R4, 600),
+    Arm("xgblora-r2-long", "XGBLoRA, r = 2, 600 steps", 2, _BOOST, _methods(_default("XGBLoRA")), _R2, 600),
+    Arm("xgblora-r4-long", "XGBLoRA, r = 4, 600 steps", 4, _BOOST, _methods(_default("XGBLoRA")), _R4, 600),
 )
