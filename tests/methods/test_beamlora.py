@@ -590,7 +590,7 @@ def test_the_length_of_the_run_sets_the_times() -> None:
     (told,) = scheduled(BeamLoRA())[1].outlook(37031)
     assert told == (
         "beamlora: 11 resets, one after every 3084 steps to step 33924; the share of the scores that is kept rises "
-        "from 0.95 to 1 at step 24688"
+        "from 0.95 to 1 after step 24688"
     )
     run = run_of(BeamLoRA(), 60)
     assert (run.schedule.state_dict()["period"], run.schedule.state_dict()["end_step"]) == (4, 40)

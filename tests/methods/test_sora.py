@@ -268,7 +268,12 @@ def test_events_tell_what_became_zero() -> None:
     changes = session.drain_changes()
     last = {line["layer"]: line["to"] for line in changes if "layer" in line}
     assert last == {name: rank for name, rank in session.schedule.live_ranks().items() if rank != 4}
-    assert all(line["kind"] == "prune" for line in changes)
+    events = {line["step"]: line for line in changes if "layer" not in line}
+    for step, event in events.items():
+        moved = sum(line["to"] - line["from"] for line in changes if line["step"] == step and "layer" in line)
+        assert event["kind"] == ("revive" if moved > 0 else "prune")
+        assert ("came back" in event["reason"], "became zero" in event["reason"]) != (False, False)
+    assert {event["kind"] for event in events.values()} == {"prune", "revive"}
 
 
 def test_gates_are_in_no_other_group_and_no_saved_adapter(tmp_path: Any) -> None:

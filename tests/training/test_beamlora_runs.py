@@ -206,7 +206,7 @@ def test_a_run_resumed_with_another_length_tells_the_times_that_it_keeps(tmp_pat
     again.begin(optimizer, 96)
     (told,) = [note for note in again.notes if "resets, one after every" in note]
     assert told.startswith("beamlora: 23 resets, one after every 4 steps to step 92; ")
-    assert told.endswith("rises from 0.95 to 1 at step 32")
+    assert told.endswith("rises from 0.95 to 1 after step 32")
 
 
 def test_a_checkpoint_between_a_snapshot_and_its_reset_holds_the_past(tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ class ABLoRA(Method):
         total = sum(ranks.values())
         told = [
             f"ab-lora: each of up to {self.rounds} rounds switches {self.prunes(list(ranks), total)} of {total} ranks "
-            "off and gives them to layers that lost none; the ranks shown are those of the start"
+            "off and gives them to layers that lost none; a plan shows the ranks of the start"
         ]
         if self.score != "taylor":
             told.append(

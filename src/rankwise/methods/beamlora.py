@@ -97,7 +97,7 @@ class BeamLoRA(Method):
         cumsum_threshold: p at the first step, in (0, 1]; 1 prunes nothing. 0.95 [official code].
         reset_every: T, steps from one reset to the next, >= 2; by default the last even number up to a twelfth
             of the run [inferred from the official 3000 of 37031].
-        reset_end_step: E, the step from which p is 1, >= 1; by default two thirds of the run [inferred, as above].
+        reset_end_step: E, the step after which p is 1, >= 1; by default two thirds of the run [inferred, as above].
         scope: `global` cuts over the ranks of all modules at once [official code], `module` in each by itself.
         keep_boundary: keep the rank with which the sum passes p; the official code prunes it.
         reset_optimizer: touch moments at a reset; without it copies go on with those of the ranks that they replace.
@@ -439,7 +439,7 @@ class BeamLoRASchedule(SteadyRanks):
         if self._method.cumsum_threshold == 1:
             return ()
         last = course.count * course.period
-        ends = f"1 at step {course.end_step}" if course.share(last) == 1 else f"{course.share(last):.4g} at the last"
+        ends = f"1 after step {course.end_step}" if course.share(last) == 1 else f"{course.share(last):.4g} at the last"
         return (
             f"beamlora: {course.count} resets, one after every {course.period} steps to step {last}; the share of the "
             f"scores that is kept rises from {self._method.cumsum_threshold:g} to {ends}",

@@ -612,15 +612,18 @@ class SoRASchedule:
         changed = {name: rank for name, rank in ranks.items() if rank != self._told[name]}
         if not changed and kind != "stage":
             return
+        lost = sum(max(0, self._told[name] - rank) for name, rank in changed.items())
+        back = sum(max(0, rank - self._told[name]) for name, rank in changed.items())
+        told = [f"{lost} gates became zero"] * bool(lost) + [f"{back} came back"] * bool(back)
         self._told = dict(ranks)
         assert_equal_everywhere(repr(sorted(ranks.items())), f"the gates after step {step}")
         assert self._group is not None
         self._events.append(
             RankEvent(
                 step=step,
-                kind=kind,
+                kind="revive" if kind == "prune" and back > lost else kind,
                 ranks=changed,
-                reason="gates became zero" if density < 1 else "gates trained",
+                reason=", ".join(told) or "no gate became zero",
                 figures={"density": density, "lambda": self._lambda, "live_ranks": float(sum(ranks.values()))},
             )
         )

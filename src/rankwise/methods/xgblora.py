@@ -567,6 +567,8 @@ class BoostingSchedule(SteadyRanks):
         self._agree(number, norms)
         if sound:
             reason = f"round {number} of {self._rounds} ended: {self._shown(ended)}"
+            if self._selected():
+                reason += f"; the next trains {self._shown(self._selected())}"
             self._record("fold", number, reason, ended, norms)
             return
         self._record("discard", number, f"the booster of round {number} of {self._rounds} is not finite", ended)

@@ -350,7 +350,8 @@ class Session:
         assert self.schedule is not None
         for event in self.schedule.events():
             about = {"step": event.step, "kind": event.kind, "reason": event.reason}
-            self._changes.append({**about, "figures": dict(event.figures)})
+            figures = {name: int(v) if float(v).is_integer() else v for name, v in event.figures.items()}
+            self._changes.append({**about, "figures": figures})
             for name in dict.fromkeys((*event.ranks, *event.layers)):
                 rank = event.ranks.get(name, self._ranks.get(name, 0))
                 line = {**about, "layer": name, "from": self._ranks.get(name, 0), "to": rank}

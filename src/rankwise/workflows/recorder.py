@@ -17,6 +17,14 @@ __all__ = ["Recorder"]
 
 METRICS = "metrics.jsonl"
 CHANGES = "ranks.jsonl"
+_SHOWN = {
+    "live_ranks": "live ranks",
+    "live_parameters": "parameters",
+    "density": "density",
+    "kept_share": "kept share of the scores",
+    "booster_norm": "norm of the booster",
+}
+"""Of an event's figures those that a note tells; all are in ranks.jsonl."""
 _KEPT = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
 
 
@@ -91,7 +99,8 @@ class Recorder:
         self._write(event.changes)
         for change in event.changes:
             if "layer" not in change:
-                told = ", ".join(f"{name} {value:.4g}" for name, value in change["figures"].items())
+                shown = {name: value for name, value in change["figures"].items() if name in _SHOWN}
+                told = ", ".join(f"{_SHOWN[name]} {_figure(value)}" for name, value in shown.items())
                 self._listener(Note(text=f"step {change['step']}: {change['reason']}" + (f" ({told})" if told else "")))
 
     def _logged(self, event: "TrainingEvent") -> None:
@@ -154,6 +163,10 @@ def _made_by(line: str, step: int) -> bool:
         return bool(values["step"] <= step) and not values.get("final")
     except ValueError:  # the last line of a killed run
         return False
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _is_evaluation(key: str) -> bool:

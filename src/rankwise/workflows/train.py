@@ -109,6 +109,9 @@ def _session(job: Job, claimed: Claim, given: RankPlan | None, phases: Phases, s
     listener = phases.listener
     if claimed.previous is not None:
         _same_data(job, claimed.previous)
+        if claimed.checkpoint is None:
+            text = f"{claimed.folder} holds no complete checkpoint of the run that was begun there: it starts anew"
+            listener(Note(text=text))
     if claimed.checkpoint is not None:
         with phases.phase("resume", f"Going on from {claimed.checkpoint.name}"):
             session = resume(job.model, claimed.checkpoint, validation=validation_batches(job))
@@ -188,7 +191,7 @@ class _Run:
             with self.phases.phase("evaluation", "Evaluating"):
                 figures = evaluate(self.job, self.session, trainer, recorder)
             if not self._elsewhere:
-                self._export(figures, scratch, recorder)
+                figures |= self._export(figures, scratch, recorder)
             return self._finish(figures)
         except (TrainingInterrupted, KeyboardInterrupt):
             self._status("interrupted")
@@ -292,8 +295,12 @@ class _Run:
             "log": [*(self.claimed.previous or {}).get("log", []), *self._log],
         }
 
-    def _export(self, figures: Mapping[str, object], scratch: Path, recorder: Recorder) -> None:
-        """The final adapter, with its card and tokenizer; what was measured of it goes into the manifest."""
+    def _export(self, figures: Mapping[str, object], scratch: Path, recorder: Recorder) -> dict[str, object]:
+        """The final adapter, with its card and tokenizer; what was measured of it goes into the manifest.
+
+        Returns:
+            The ranks and parameters of the adapter, where training moved them.
+        """
         job, session = self.job, self.session
         folder = scratch / "tokenizer"
         job.tokenizer.save_pretrained(folder)
@@ -329,6 +336,11 @@ class _Run:
             text = f"the exported adapter leaves out {lost.total:.3g} of the norm of what was trained"
             moved = "" if exported.logit_error is None else f", which changes the logits by {exported.logit_error:.3g}"
             self.listener(Note(text=f"{text}{moved}; every other figure is of the trained model", level="warning"))
+        held, plan = live if lost is None else lost.ranks, session.plan
+        if held == plan.ranks:
+            return {}
+        parameters = sum(held.get(layer.name, 0) * layer.shape.cost for layer in plan.layers)
+        return {"adapter_ranks": sum(held.values()), "adapter_parameters": parameters}
 
     def _finish(self, figures: Mapping[str, object]) -> TrainResult:
         """The last files; the run counts as finished once its report is there."""
