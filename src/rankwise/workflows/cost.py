@@ -1,5 +1,6 @@
 """What a plan will cost: steps of it are made and measured on a model that is thrown away, beside plain LoRA's."""
 
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RunCost", "measure_cost"]
 
-_TIMED_STEPS = 2
-"""Steps behind the time; one more goes before them."""
+_LEAST_STEPS, _MOST_STEPS, _LONG_ENOUGH = 2, 12, 2.0
+"""Steps behind the time: two at least, more until they took so many seconds; one more goes before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,20 +227,26 @@ class _Steps:
     def measured(self, optimizer: "Optimizer") -> _Timed:
         """The steps, the first of which warms up: allocations, an optimizer's state, a schedule's first look."""
         if self._schedule is not None:
-            self._schedule.begin(optimizer, max(self._steps, _TIMED_STEPS + 1))
-        done = [self._step(optimizer, number, batch) for number, batch in enumerate(self._batches(), 1)]
-        timed = done[1:] or done
+            self._schedule.begin(optimizer, max(self._steps, _LEAST_STEPS + 1))
+        done: list[_Timed] = []
+        # A schedule knows no step beyond the run.
+        most = _MOST_STEPS if self._schedule is None else min(_MOST_STEPS, max(self._steps - 1, _LEAST_STEPS))
+        for number, batch in enumerate(self._batches(most + 1), 1):
+            done.append(self._step(optimizer, number, batch))
+            if number > _LEAST_STEPS and sum(one.micro_batch + one.optimizer for one in done[1:]) >= _LONG_ENOUGH:
+                break
+        timed = done[1:]
         return _Timed(
-            sum(one.micro_batch for one in timed) / len(timed),
-            sum(one.optimizer for one in timed) / len(timed),
+            statistics.median(one.micro_batch for one in timed),
+            statistics.median(one.optimizer for one in timed),
             max(one.kept for one in done),
         )
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, count: int) -> Iterator[Any]:
         """The run's own micro-batches, read again where it has fewer."""
         loader = calibration_batches(self._job.prepared, self._job.arguments.train_batch_size, self._job.config.seed)
-        batches: Sequence[Any] = [batch for _, batch in zip(range(_TIMED_STEPS + 1), loader, strict=False)]
-        return (batches[number % len(batches)] for number in range(_TIMED_STEPS + 1))
+        batches: Sequence[Any] = [batch for _, batch in zip(range(count), loader, strict=False)]
+        return (batches[number % len(batches)] for number in range(count))
 
     def _step(self, optimizer: "Optimizer", number: int, batch: Any) -> _Timed:
         device, schedule = self._job.arguments.device, self._schedule
