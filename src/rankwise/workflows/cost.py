@@ -147,9 +147,10 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
                     listener(Note(text=text))
                 if method is None and schedule.owned_groups(1.0, 0.0):
                     optimizer = adamw_and_scheduler(model, arguments, steps, schedule)[0]
-            timed = _Steps(job, model, schedule, steps).measured(optimizer)
+            measuring = _Steps(job, model, schedule, steps)
+            timed = measuring.measured(optimizer)
             if schedule is not None:
-                scheduled, events = schedule.memory_bytes(), schedule.event_seconds()
+                scheduled, events = schedule.memory_bytes(), measuring.event_seconds
     moved = recipe.initialize.offset_place == "base"
     copied: list[Any] = [layer.base.module for layer in layers.values()] if moved else []
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -222,12 +223,15 @@ class _Steps:
 
     def __init__(self, job: Job, model: "PeftModel", schedule: "Schedule | None" = None, steps: int = 1) -> None:
         self._job, self._model, self._schedule, self._steps = job, model, schedule, steps
+        self.event_seconds = 0.0
+        """Of all rounds of the run, as foretold before its first step."""
         self._resident = _storage_bytes([*model.parameters(), *model.buffers()]).keys()
 
     def measured(self, optimizer: "Optimizer") -> _Timed:
         """The steps, the first of which warms up: allocations, an optimizer's state, a schedule's first look."""
         if self._schedule is not None:
             self._schedule.begin(optimizer, max(self._steps, _LEAST_STEPS + 1))
+            self.event_seconds = self._schedule.event_seconds()
         done: list[_Timed] = []
         # A schedule knows no step beyond the run.
         most = _MOST_STEPS if self._schedule is None else min(_MOST_STEPS, max(self._steps - 1, _LEAST_STEPS))
