@@ -244,6 +244,17 @@ def test_clipping_is_off_by_default_where_the_method_clips_by_itself_and_the_res
     assert said.to_dict()["training"]["max_grad_norm"] == 0.5
 
 
+def test_a_setting_that_was_given_on_the_command_line_is_blamed_there_and_one_of_the_file_by_its_line(
+    write: Write,
+) -> None:
+    path = write(MINIMAL)
+    told = faults(path, "method=beamlora", "beamlora.reset_every=1")
+    assert told == ["--set: beamlora.reset_every: 1 is out of range; use a whole number >= 2"]
+    path = write(f"{MINIMAL}method: beamlora\nbeamlora:\n  tau: 0.05\n  reset_every: 1\n")
+    (fault,) = faults(path)
+    assert fault.startswith(f"{path}:{len(path.read_text().splitlines())}: beamlora.reset_every: 1 is out of range")
+
+
 def test_a_preset_goes_to_the_methods_that_have_it(write: Write) -> None:
     config = load_config(write(MINIMAL), ["method=[rora, lora-ga]", "preset=official"])
     assert build_recipe(config).methods[1].offset == "base"

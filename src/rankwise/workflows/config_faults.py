@@ -55,8 +55,8 @@ def describe(
     lines: list[tuple[str, str]] = []
     for path, found in grouped.items():
         message = _message(path, found, known, advice)
-        about = path or tuple(message.partition(" ")[0].split("."))  # an error of the whole file names its key first
-        lines.append((source.place(about), message))
+        named = tuple(message.partition(" ")[0].rstrip(":").split("."))  # one of a whole section names its key first
+        lines.append((source.place(named if named[: len(path)] == path else path), message))
     lines.sort(key=lambda line: _position(line[0]))
     return [f"{place}: {message}" for place, message in lines]
 
