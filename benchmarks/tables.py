@@ -171,7 +171,9 @@ def schedules() -> str:
             lines.append(f"| {name} | {one['ratio']:.3f} ({low:.2f}-{high:.2f}) | {limit} | {one['pairs']} |")
     if "recompression" in found:
         one = found["recompression"]
-        before, after = (f"{low} to {high}" for low, high in (one["ranks_before"], one["ranks_after"]))
+        before, after = (
+            f"{low}" if low == high else f"{low} to {high}" for low, high in (one["ranks_before"], one["ranks_after"])
+        )
         lines += [
             "",
             f"Cutting {before} ranks a layer to {after} under the budget of r = 8 takes {one['share_of_a_run']:.2%} of a run of {one['run_steps']} "
@@ -202,9 +204,13 @@ def _scoring(found: dict[str, Any], limits: dict[str, float]) -> list[str]:
             f"{limits[f'screened, {name}']} | {one['same_up_to_ties']} of {one['of']} | {sum(shares) / len(shares):.0%} |"
         )
     own = part["exact_against_plain"]
+    largest = own["largest_difference_of_a_term"]
+    apart = (
+        f"differ from the definition's by at most {largest:.1e}" if largest else "equal the definition's bit for bit"
+    )
     lines += [
         "",
-        f"Exact scores differ from the definition's by at most {own['largest_difference_of_a_term']:.1e}, measured on all ranks of one model, and "
+        f"Exact scores {apart}, measured on all ranks of one model, and "
         f"prune the same ranks up to ties: {'yes' if own['same_up_to_ties'] else 'no'}. A scoring pass takes about {own['pass_megabytes']:g} MB of "
         f"activations; `scoring_bytes` ({own['scoring_bytes'] / 2**30:g} GiB) bounds it.",
     ]
