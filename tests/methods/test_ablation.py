@@ -241,7 +241,9 @@ class _Odd(nn.Module):
         return SimpleNamespace(logits=logits, loss=loss)
 
 
-@pytest.mark.parametrize(("order", "link"), [([0, 1, 2], True), ([2, 1, 0], False), ([0, 1, 2, 0], False)])
+@pytest.mark.parametrize(
+    ("order", "link"), [([0, 1, 2], True), ([2, 1, 0], False), ([0, 1, 2, 0], False), ([0, 1, 2, 0, 1, 2], False)]
+)
 def test_blocks_that_do_not_follow_one_another_are_found_out_and_said(order: list[int], link: bool) -> None:
     one, gates, slots = _gated(_Odd(order, link), ["layers.0.0", "layers.1.0", "layers.2.0"])
     ablation = Ablation(one.model, one.layers, gates)

@@ -15,7 +15,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["tests.training.jobs", "transformers.trainer", "trl.trainer.sft_trainer", "tests.training.sabotage"]
 )
-PATIENCE = 240.0
+PATIENCE = 120.0
 
 
 def start(job: jobs.Job, before: Callable[[], None] | None = None) -> ForkServerProcess:

@@ -117,6 +117,7 @@ def test_every_round_is_told_with_both_terms_of_every_rank_and_the_budget_is_kep
     walk(session)
     session.end(STEPS)
     changes = session.drain_changes()
+    assert not [line for line in changes if "final" in line], "nothing came after the last step"
     events = [line for line in changes if "layer" not in line]
     assert len(events) == len(ABLoRA().round_steps(STEPS))
     assert all(event["figures"]["live_parameters"] <= session.plan.budget for event in events)

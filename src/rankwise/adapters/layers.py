@@ -1,8 +1,9 @@
 """The view of one linear layer of the base model: [out, in], whatever class holds it."""
 
 import copy
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from rankwise.ranks.shapes import LayerShape
 __all__ = ["LayerKind", "LinearLayer", "view_linear"]
 
 LayerKind = Literal["linear", "conv1d", "4bit", "8bit"]
+_EXPERT: Final = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,11 @@ class LinearLayer:
     module: nn.Module
     kind: LayerKind
     shape: LayerShape
+
+    @property
+    def expert(self) -> bool:
+        """Whether it lies in an expert by its name, so that routing decides which tokens it sees."""
+        return bool(_EXPERT.search(self.name))
 
     @property
     def quantized(self) -> bool:

@@ -10,7 +10,6 @@ other layer computes its product. `Ablation.taylor` takes the slopes of S in the
 Nothing of the model is changed: weights, gates, gradients, flags, modes and random states are as found afterwards.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,7 +36,6 @@ Slots = Mapping[str, Sequence[int]]
 Patches = Mapping[nn.Module, Callable[..., Any]]
 """What modules compute by in place of their own forward."""
 
-_EXPERT: Final = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _POSITIONS_AT_ONCE: Final = 2048
 """Positions of a batch that keep a processor busy: more of them in one pass only leave its caches (measured)."""
 
@@ -564,7 +562,7 @@ class Ablation:
                 inner = layer.module.lora_A[layer.adapter_name]
                 stack.callback(inner.register_forward_hook(_noting_shape(shapes[name])).remove)
             self._sums(batch, 1)
-            once = {name: list(seen) for name, seen in shapes.items()}
+            once, in_order = {name: list(seen) for name, seen in shapes.items()}, list(order)
             for seen in shapes.values():
                 seen.clear()
             if self._shifted is not None:
@@ -575,12 +573,13 @@ class Ablation:
             """Once for one row and twice for two; how many tokens come to an expert follows no batch."""
             first, second = once[name], shapes[name]
             doubled = self._shifted is None or all(one[0] == 2 * rows for one in second)
-            return bool(first) and all(one[0] == rows for one in first) and doubled and not _EXPERT.search(name)
+            return (
+                bool(first) and all(one[0] == rows for one in first) and doubled and not self._layers[name].base.expert
+            )
 
         whole = {name: once[name] for name in self._layers if sees_rows(name)}
-        order = order[: len(self._blocks)] if self._shifted is not None else order
         self._dims = {name: len(seen[0]) for name, seen in whole.items() if len(set(map(len, seen))) == 1}
-        return order
+        return in_order
 
     def _skips_well(self, batch: Any) -> bool:
         """Whether the last block gives what the whole model gives when those in front hand out what they computed."""

@@ -7,7 +7,6 @@ device are read at logging steps only.
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +36,6 @@ SKIPPED_SHARE: Final = 0.1
 _NAMES_SHOWN: Final = 3
 _ROUNDING: Final = 1e-12
 """What float64 leaves of the difference of two equal products, relative to one of them."""
-_EXPERT: Final = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _LAYER_DROP: Final = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -214,7 +212,8 @@ class Guard:
         self._looked = True
         exercised = self.gradients.exercised()  # a resumed run knows more than its first step
         dropping = any(float(getattr(c, n, 0) or 0) > 0 for c in _configurations(self._model) for n in _LAYER_DROP)
-        expected = [n for n in untouched if n in self._layers and n not in self._unreached and not _EXPERT.search(n)]
+        owned = [n for n in untouched if n in self._layers and n not in self._unreached]
+        expected = [n for n in owned if not self._layers[n].base.expert]
         idle = [n for n in expected if not exercised[n] and not dropping]
         if not idle:
             return

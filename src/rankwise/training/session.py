@@ -403,11 +403,12 @@ class Session:
         """
         if self.schedule is not None:
             self._check_schedule()
+            before = len(self._changes)
             if best is not None:
                 self.take_back(best)
             self.schedule.end(step)
             self._note_events()
-            self._changes = [{**change, "final": True} for change in self._changes]
+            self._changes[before:] = [{**change, "final": True} for change in self._changes[before:]]
             if not any((self.schedule.live_ranks() or self.plan.ranks).values()):
                 self.remark("every gate became zero: the adapter that is exported equals the base model")
         self.health.end(step)

@@ -69,7 +69,10 @@ def _made(
     train = sources["train"]
     rows = [
         ("method", titles),
-        ("ranks", f"{min(held)} to {max(held)} in {len(held)} of {len(plan.layers)} layers"),
+        (
+            "planned ranks" if ranks == plan.ranks else "ranks",
+            f"{min(held)} to {max(held)} in {len(held)} of {len(plan.layers)} layers",
+        ),
         ("budget", f"{parameters:,} of {plan.budget:,} parameters (a uniform rank of {plan.r})"),
         ("training data", f"{train.source}, {train.rows:,} rows, SHA-256 {train.sha256[:16]}"),
         ("learning rate", f"{config.learning_rate:g}"),

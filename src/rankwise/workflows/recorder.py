@@ -86,7 +86,7 @@ class Recorder:
             exported: those in the file.
         """
         about = {"step": step, "kind": "export", "reason": "the export keeps to the budget", "final": True}
-        sums = {"ranks": float(sum(trained.values())), "exported": float(sum(exported.values()))}
+        sums = {"ranks": sum(trained.values()), "exported": sum(exported.values())}
         moved = {name: rank for name, rank in trained.items() if exported[name] != rank}
         lines = [{**about, "layer": name, "from": rank, "to": exported[name]} for name, rank in moved.items()]
         self._write([{**about, "figures": sums}, *lines])
