@@ -47,7 +47,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 SHARDABLE = ("gora lora-rite", "lora-ga lora-pro", "gora ggpo", "rora mgpo")
 COMPOSED = (*SHARDABLE, "ab-lora", "sora", "beamlora", "xgblora")
-ALONE = ("gora", "lora-ga", "lora-ga base", "lora-pro", "lora-pro full", "lora-rite", "ggpo", "mgpo")
+ALONE = ("gora", "lora-ga", "lora-ga base", "lora-pro", "lora-pro full", "lora-rite", "ggpo", "mgpo", "xgblora merge")
 SCORED = ("ab-lora screened", "ab-lora taylor")
 BY_UPDATE = ("gora lora-rite: ",)
 """Compared by the update alone: its size decides how RITE steps, and from a small lora_B (GoRA's) lora_A grows by what

@@ -28,6 +28,7 @@ SORA, BEAMLORA, AB_LORA, XGBLORA = (
     method_from_id(method_id) for method_id in ("sora", "beamlora", "ab-lora", "xgblora")
 )
 PRO, RITE = method_from_id("lora-pro"), method_from_id("lora-rite")
+XGB_MERGE = method_from_id("xgblora", {"accumulate": "merge"})
 LORA_GA, GA_BASE = method_from_id("lora-ga"), method_from_id("lora-ga", {"offset": "base"})
 GGPO, MGPO = method_from_id("ggpo"), method_from_id("mgpo")
 
@@ -187,6 +188,8 @@ def test_methods_that_go_together_pass(methods: list[Method]) -> None:
         ([GA_BASE], Situation(quantized=True), "lora-ga.offset: base writes the base weights, which are packed"),
         ([GA_BASE], Situation(fsdp=True), "which FSDP shards; use offset: adapter"),
         ([GA_BASE], Situation(deepspeed=3), "which ZeRO-3 shards; use offset: adapter"),
+        ([XGB_MERGE], Situation(quantized=True), "xgblora.accumulate: merge writes the base weights, which are packed"),
+        ([XGB_MERGE], Situation(fsdp=True), "which FSDP shards; use accumulate: factors, which leaves them alone"),
         ([RITE], Situation(learning_rate_ratio=16), "loraplus_lr_ratio: 16: lora-rite moves lora_A and lora_B by one"),
         ([LORA_GA], Situation(offloaded=True), "lora-ga needs gradients, and parts of the model are offloaded"),
         ([LORA_GA], Situation(quantized=True, collector="param"), "packed weights, which lora-ga cannot use"),

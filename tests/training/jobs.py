@@ -70,6 +70,7 @@ RECIPES: Mapping[str, tuple[str | Method, ...]] = {
     "sora": (method_from_id("sora", {"target_density": 0.5}),),
     "beamlora": (method_from_id("beamlora", {"reset_every": 3, "cumsum_threshold": 0.8}),),
     "xgblora": (method_from_id("xgblora", {"round_steps": 3, "layers_fraction": 0.5}),),
+    "xgblora merge": (method_from_id("xgblora", {"round_steps": 3, "layers_fraction": 0.5, "accumulate": "merge"}),),
     "ggpo": ("ggpo",),
     "mgpo": ("mgpo",),
     "gora lora-rite": ("gora", "lora-rite"),

@@ -15,6 +15,7 @@ from rankwise.adapters.state import STATE_FILE
 from rankwise.errors import CheckpointError, ConfigError, ExportError
 from rankwise.methods.lora_ga import LoRAGA
 from rankwise.methods.recipe import METHODS
+from rankwise.methods.xgblora import XGBLoRA
 from rankwise.training.attach import attach
 from rankwise.training.marker import MARKER, seal, unseal
 from rankwise.training.session import Session
@@ -217,6 +218,16 @@ def test_a_base_that_was_moved_and_sharded_since_is_refused_before_the_first_ste
     else:
         with pytest.raises(ConfigError, match=r"lora-ga\.offset: base writes the base weights, which FSDP shards"):
             session.begin(optimizer, 9)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_base_that_boosters_would_be_added_to_and_that_was_sharded_since_is_refused():
+    session = attach(tiny_llama(), XGBLoRA(accumulate="merge"), r=2, target_modules=["q_proj"])
+    fully_shard(session.model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    optimizer, _ = session.optimizers(ARGS, 9)
+    with pytest.raises(ConfigError, match=r"xgblora\.accumulate: merge writes the base weights, which FSDP shards"):
+        session.begin(optimizer, 9)
+    session.close()
 
 
 def test_without_an_offset_nothing_is_subtracted():

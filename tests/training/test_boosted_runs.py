@@ -1,5 +1,6 @@
 """XGBLoRA in a session: what is exported keeps to the budget, and a run whose rounds never ended fails."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
 
 import rankwise as rw
 from rankwise.adapters.attach import adapted_layers
+from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.adapters.state import STATE_FILE, FoldState
 from rankwise.errors import ArtifactError, BudgetError, ConfigError, ExportError, HealthError
 from rankwise.export.fold import fold
@@ -28,6 +30,7 @@ from rankwise.export.truncate import truncate_adapter
 from rankwise.export.write import export_folder
 from rankwise.linalg.factors import product_norm, relative_difference
 from rankwise.methods.xgblora import XGBLoRA
+from rankwise.training.marker import read_marker
 from rankwise.training.session import Session
 from tests.adapters.test_perturbation import Linear8bitLt
 from tests.support.models import causal_batch, tiny_llama
@@ -177,6 +180,51 @@ def test_x4_on_a_bfloat16_base_the_export_is_the_model_within_its_rounding(tmp_p
     assert error <= 2e-2
 
 
+MERGING = replace(GROWING, accumulate="merge")
+
+
+@pytest.mark.parametrize("steps", [8, 12])
+@pytest.mark.parametrize("layout", ["uniform", "compact", "merged"])
+def test_boosters_in_the_base_weights_are_exported_as_factors_for_the_base_as_it_was_found(
+    layout: Any, steps: int, tmp_path: Path
+) -> None:
+    """After 8 steps they fit the budget, after 12 they are cut to it."""
+    session, factors = (trained(method, steps, r=4) for method in (MERGING, GROWING))
+    found = weights_fingerprint(tiny_llama())
+    assert session.base_weights == found
+    assert weights_fingerprint(session.model) != found
+    wanted = logits(session.model)
+    report = session.export(tmp_path / "adapter", layout=layout, batch=PROBE)
+    assert torch.equal(logits(session.model), wanted)  # the session goes on as it was
+    if layout == "merged":
+        served: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    else:
+        its = factors.export(tmp_path / "factors", layout=layout, batch=PROBE)
+        assert report.ranks == its.ranks
+        assert (report.compression is None) == (its.compression is None) == (steps == 8)
+        served = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    if steps == 8 or layout == "merged":
+        assert torch.allclose(logits(served), wanted, atol=1e-5)
+    session.close()
+    assert weights_fingerprint(session.model) == found
+
+
+def test_a_checkpoint_of_boosters_in_the_base_weights_goes_on_and_is_exported(tmp_path: Path) -> None:
+    session = session_of(MERGING)
+    optimizer = walk(session, 12, last=7)
+    session.save(tmp_path / "checkpoint-7", optimizer=optimizer)
+    marker = read_marker(tmp_path / "checkpoint-7")
+    assert marker["base"]["weights"] == weights_fingerprint(tiny_llama())
+    resumed = rw.resume(tiny_llama(), tmp_path / "checkpoint-7")
+    assert torch.equal(logits(resumed.model), logits(session.model))
+    assert resumed.base_weights == session.base_weights
+    export_folder(tmp_path / "checkpoint-7", tmp_path / "folder", max_rank=4)
+    served = PeftModel.from_pretrained(tiny_llama(), tmp_path / "folder")
+    assert torch.allclose(logits(served), logits(session.model), atol=1e-5)
+    resumed.close()
+    assert weights_fingerprint(resumed.model) == session.base_weights
+
+
 def test_every_rank_is_exported_where_that_was_asked_for(tmp_path: Path) -> None:
     session = trained(XGBLoRA(round_steps=2, layers_fraction=1.0, max_rank="none"), steps=12)
     report = session.export(tmp_path / "all", batch=PROBE)
@@ -301,12 +349,14 @@ class Logits(TrainerCallback):
         model.train()
 
 
-@pytest.mark.parametrize("stops_early", [True, False])
+@pytest.mark.parametrize(
+    ("stops_early", "accumulate"), [(True, "factors"), (False, "factors"), (True, "merge"), (False, "merge")]
+)
 def test_the_best_checkpoint_comes_back_with_its_boosters_whenever_the_run_ends(
-    stops_early: bool, tmp_path: Path
+    stops_early: bool, accumulate: Any, tmp_path: Path
 ) -> None:
     """The loss is called better the larger it is: the first evaluation, in the middle of a round, stays the best."""
-    session = session_of(XGBLoRA(round_steps=5, layers_fraction=1.0), r=4)
+    session = session_of(XGBLoRA(round_steps=5, layers_fraction=1.0, accumulate=accumulate), r=4)
     job = Job(folder=str(tmp_path), steps=12, save_steps=2, keep=None)
     options = {**trainer_arguments(job), "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 2}
     args = TrainingArguments(

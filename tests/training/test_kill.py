@@ -85,7 +85,7 @@ def test_a_run_killed_from_outside_at_a_random_moment_ends_bit_equal(tmp_path: P
     assert_equal_bits(job)
 
 
-@pytest.mark.parametrize("method", ["gora lora-rite", "xgblora"])
+@pytest.mark.parametrize("method", ["gora lora-rite", "xgblora", "xgblora merge"])
 def test_a_recipe_killed_before_its_marker_ends_bit_equal(tmp_path: Path, method: str):
     job = replace(JOB, folder=str(tmp_path), method=method)
     assert finish(start(job, sabotage.before_the_marker)) == KILLED

@@ -125,7 +125,12 @@ def test_the_memory_of_a_schedule_and_of_a_base_kept_to_go_back_to_is_counted(cl
     assert past == 3 * pairs, "factors and both their moments, half a period old"
     grown = told(classification(method="xgblora", xgblora={"rounds": 2, "layers_fraction": 1.0}, training=training))
     assert grown.schedule_bytes == 2 * 4 * (grown.trained_parameters - HEAD), "room for two boosters of every layer"
+    merging = {"rounds": 2, "layers_fraction": 1.0, "accumulate": "merge"}
+    merged = told(classification(method="xgblora", xgblora=merging, training=training))
+    assert merged.schedule_bytes == grown.schedule_bytes
+    assert merged.model_bytes == grown.model_bytes
     moved = told(classification(method="lora-ga", **{"lora-ga": {"offset": "base"}}, training=training))
     # Two blocks: query, key, value and output of 32 x 32, and two of 32 x 64.
     assert moved.base_copy_bytes == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert moved.model_bytes == plain.model_bytes
+    assert merged.base_copy_bytes == moved.base_copy_bytes

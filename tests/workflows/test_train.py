@@ -371,6 +371,19 @@ def test_rounds_that_do_not_fit_the_run_are_refused_with_nothing_written(classif
     assert not config.folder.exists()
 
 
+def test_boosters_are_not_added_to_16_bit_weights(classification: MakeConfig) -> None:
+    config = classification(
+        method="xgblora",
+        xgblora={"accumulate": "merge"},
+        dtype="bfloat16",
+        training={"max_steps": 6, "bf16": False},
+    )
+    for job in (plan, train):
+        with pytest.raises(ConfigError, match=r"xgblora\.accumulate: merge adds every booster .* which is bfloat16"):
+            job(config)
+    assert not config.folder.exists()
+
+
 def test_a_composition_that_is_cut_short_goes_on_as_if_nothing_had_happened(causal: MakeConfig, tmp_path: Path) -> None:
     options = {"method": ["lora-ga", "lora-pro"], "training": {"max_steps": 5}, "lora_dropout": 0.1}
     whole = train(causal(output_dir=str(tmp_path / "whole"), **options))

@@ -17,16 +17,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from rankwise.adapters.attach import AdaptedLayer, peft_model_of
 from rankwise.adapters.state import FactorPair, FoldState
 from rankwise.adapters.unfolded import Unfolded
+from rankwise.adapters.written import WrittenBase, unwritable, written_back
 from rankwise.errors import ArtifactError, ConfigError, ModelError
-from rankwise.linalg.precision import full_float32
 
 __all__ = ["LiveOffset", "OffsetSite", "live_offset"]
 
@@ -79,7 +77,7 @@ class LiveOffset:
         if place == "base":
             _refuse_base([layers[name] for name in live])
             self._moved = [_MovedBase(layers[name], pair) for name, pair in live.items()]
-            self._undo += [moved.restore for moved in self._moved]
+            self._undo += [moved.base.close for moved in self._moved]
         else:
             self._undo += [_Subtraction(layers[name], pair).remove for name, pair in live.items()]
         # PEFT would merge or save s B A alone, or drop the adapter and leave a moved base behind.
@@ -121,15 +119,8 @@ class LiveOffset:
     @contextmanager
     def base_as_found(self) -> Iterator[None]:
         """Inside, the base weights are the untouched ones, bit for bit; under `adapter` they always are."""
-        moved = [base for base in self._moved if base.shifted]
-        try:
-            for base in moved:
-                base.restore()
+        with written_back([moved.base for moved in self._moved]):
             yield
-        finally:
-            if self._moved:  # not closed inside
-                for base in moved:
-                    base.shift()
 
 
 class _Subtraction:
@@ -180,49 +171,15 @@ class _MovedBase:
 
     def __init__(self, layer: AdaptedLayer, pair: FactorPair) -> None:
         self.name = layer.name
+        self.base = WrittenBase(layer, "lora-ga", "lora-ga.offset: adapter")
+        self.dtype = self.base.dtype
         self.cast_error: float | None = None
         self.start_norm = 0.0
-        self._layer, self._pair, self._scaling = layer, pair, layer.scaling
-        self._original = self._weight().detach().to("cpu", copy=True)
-        self.dtype = self._original.dtype
-        self.shifted = False
-        self.shift()
-
-    def shift(self) -> None:
-        """W <- W - s B0 A0, in full float32 (or wider), rounded to the base's dtype: the same bits every time."""
-        device, dtype = self._layer.base.device, torch.promote_types(self.dtype, torch.float32)
-        lora_A, lora_B = (factor.to(device, dtype) for factor in (self._pair.lora_A, self._pair.lora_B))
-        with full_float32(), torch.autocast(device.type, enabled=False):
-            update = self._scaling * (lora_B @ lora_A)
-        if self._layer.base.kind == "conv1d":
-            update = update.T
-        original = self._original.to(device, dtype)
-        self._write(original - update)
-        self.shifted = True
-        if self.cast_error is None and self.dtype.itemsize < 4:
-            moved = self._weight().detach().to(dtype) - original
-            self.cast_error = float(torch.linalg.vector_norm(moved + update))
+        update = self.base.add(pair, -1.0)
+        if self.dtype.itemsize < 4:
+            moved = self.base.weight.detach().to(update.dtype) - self.base.original.to(update.device, update.dtype)
+            self.cast_error = float(torch.linalg.vector_norm(moved - update))
             self.start_norm = float(torch.linalg.vector_norm(update))
-
-    def restore(self) -> None:
-        """W, bit for bit."""
-        self._write(self._original)
-        self.shifted = False
-
-    def _weight(self) -> Tensor:
-        weight = self._layer.base.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def _write(self, value: Float[Tensor, "rows columns"]) -> None:
-        weight = self._weight()
-        if _is_sharded(weight):
-            raise ModelError(
-                f"{self._layer.name}: the base weight was sharded after lora-ga moved it, so that it cannot be given "
-                "back: use lora-ga.offset: adapter, which never writes it"
-            )
-        with torch.no_grad():
-            weight.copy_(value)
 
 
 def _frozen(factor: Tensor) -> Tensor:
@@ -243,22 +200,11 @@ def _misfit(name: str, pair: FactorPair, layer: AdaptedLayer | None) -> str | No
 
 
 def _refuse_base(layers: list[AdaptedLayer]) -> None:
-    faults = []
-    for layer in layers:
-        weight = layer.base.module.weight
-        assert isinstance(weight, Tensor)
-        why = None
-        if layer.base.quantized or not weight.is_floating_point() or weight.element_size() < 2:
-            why = f"quantized ({layer.base.kind}, {weight.dtype})"
-        elif _is_sharded(weight):
-            why = "sharded"
-        if why is not None:
-            faults.append(f"{layer.name}: lora-ga.offset: base would write a weight that is {why}")
+    faults = [
+        f"{layer.name}: lora-ga.offset: base would write a weight that is {why}"
+        for layer in layers
+        if (why := unwritable(layer)) is not None
+    ]
     if faults:
         more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
         raise ConfigError(f"{faults[0]}{more}; use lora-ga.offset: adapter, which leaves the base weights alone")
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    """FSDP2 (DTensor), FSDP1 (flattened) or ZeRO-3 (empty, with an id of its engine)."""
-    return isinstance(weight, DTensor) or weight.dim() != 2 or hasattr(weight, "ds_id")

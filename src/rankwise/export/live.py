@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rankwise.adapters.gates import live_gates
 from rankwise.adapters.layers import view_linear
+from rankwise.adapters.offset import LiveOffset
 from rankwise.errors import ExportError, ModelError, VerificationError
 from rankwise.ranks.shapes import LayerShape
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapter_on_base",
+    "base_as_found",
     "computed_logits",
     "file_as_second_adapter",
     "left_as_found",
@@ -152,6 +155,18 @@ def adapter_on_base(base: nn.Module, folder: Path) -> Iterator["PeftModel"]:
                     setattr(parent, name, child)
             if not had_config and "peft_config" in vars(base):
                 del base.peft_config
+
+
+@contextmanager
+def base_as_found(model: nn.Module, offset: LiveOffset | None = None) -> Iterator[None]:
+    """Inside, the base weights are as found, where a start (`offset`) or boosters have been written to them."""
+    gates = live_gates(model)
+    with ExitStack() as stack:
+        if offset is not None:
+            stack.enter_context(offset.base_as_found())
+        if gates is not None:
+            stack.enter_context(gates.base_as_found())
+        yield
 
 
 @contextmanager

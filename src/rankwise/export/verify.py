@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from rankwise.export.files import (
     undeclared_tensors,
 )
 from rankwise.export.fold import FoldedAdapter, FoldedLayer
-from rankwise.export.live import computed_logits, file_as_second_adapter, loaded_on_fresh
+from rankwise.export.live import base_as_found, computed_logits, file_as_second_adapter, loaded_on_fresh
 from rankwise.linalg.factors import product_norm, relative_difference
 from rankwise.linalg.precision import full_float32
 
@@ -290,7 +289,7 @@ def _compare_logits(
             served = loaded_on_fresh(fresh, folder, batch)
         else:
             assert model is not None
-            with nullcontext() if offset is None else offset.base_as_found():
+            with base_as_found(model, offset):
                 served = file_as_second_adapter(model, folder, batch, adapter_name)
     if lossy:
         return logit_difference(served, reference), None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,7 +20,7 @@ from rankwise.export.consumers import ConsumerVerdict, consumers_of, refuse_cons
 from rankwise.export.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, number, split_tensors
 from rankwise.export.fold import FoldedAdapter, base_module_names, fold, fold_folder
 from rankwise.export.layouts import Layout, build, check_layout, smallest_vllm_rank
-from rankwise.export.live import adapter_on_base, computed_logits, refuse_other_base
+from rankwise.export.live import adapter_on_base, base_as_found, computed_logits, refuse_other_base
 from rankwise.export.merge import merge_weights, save_merged, verify_merged
 from rankwise.export.staging import (
     ExtraFiles,
@@ -163,7 +163,7 @@ def export_adapter(
     _check_plan(folded, plan, gated=bool(state))
     if job.layout == "merged":
         reference = None if batch is None or fresh is None else computed_logits(model, batch)
-        with _base_as_found(offset):
+        with base_as_found(model, offset):
             return _write_merged(job, folded, model.get_base_model(), fresh, batch, reference)
     folded, compression = _compressed(folded, max_rank, budget)
 
@@ -271,10 +271,6 @@ def export_folder(
             )
 
         return _write_adapter(job, folded, check, compression)
-
-
-def _base_as_found(offset: LiveOffset | None) -> AbstractContextManager[None]:
-    return nullcontext() if offset is None else offset.base_as_found()
 
 
 def _with_cast_notes(folded: FoldedAdapter, cast_errors: Mapping[str, float]) -> FoldedAdapter:

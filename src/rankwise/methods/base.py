@@ -165,6 +165,15 @@ class Method:
         """Where the start's update is subtracted (initialize slot): nowhere, beside the adapter, or from the base."""
         return "none"
 
+    @property
+    def writes_base(self) -> tuple[str, str] | None:
+        """The setting by which base weights are written while training lasts, and the one that leaves them alone.
+
+        ("offset: base", "offset: adapter"); None where nothing writes them. `attach` hashes the weights first, and the
+        session gives them back when it is closed.
+        """
+        return None
+
     def request(
         self, layers: Sequence[LayerShape], budget: Budget, seed: int, *, dtype_cast: DtypeCast = keep_float32
     ) -> StatisticsRequest | None:

@@ -146,6 +146,11 @@ class LoRAGA(Method):
         """Where the start's update is subtracted."""
         return self.offset
 
+    @property
+    def writes_base(self) -> tuple[str, str] | None:
+        """Under `base` the start is subtracted from the weights themselves."""
+        return ("offset: base", "offset: adapter") if self.offset == "base" else None
+
     def request(
         self, layers: Sequence[LayerShape], budget: Budget, seed: int, *, dtype_cast: DtypeCast = keep_float32
     ) -> StatisticsRequest:

@@ -118,6 +118,11 @@ class Recipe:
         return any(type(method).request is not Method.request for method in self.methods)
 
     @property
+    def writes_base(self) -> Method | None:
+        """The method that writes the base weights while training lasts, if there is one."""
+        return next((method for method in self.methods if method.writes_base is not None), None)
+
+    @property
     def unclipped(self) -> Method | None:
         """The method under which the trainer must not clip gradients, if there is one."""
         return next((method for method in self.methods if method.unclipped), None)
@@ -220,10 +225,6 @@ def _apart(first: Collection[str], second: Collection[str], why: str) -> Refusal
 def _moved_start(recipe: Recipe) -> bool:
     """Whether a start is subtracted again, beside the adapter or from the base."""
     return recipe.initialize.offset_place != "none"
-
-
-def _writes_base(recipe: Recipe) -> bool:
-    return recipe.initialize.offset_place == "base"
 
 
 def _unready_engine(recipe: Recipe, situation: Situation) -> str:
@@ -358,11 +359,8 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal(
-        lambda recipe, situation: _writes_base(recipe) and bool(_unwritable(situation)),
-        lambda recipe, situation: (
-            f"{recipe.initialize.id}.offset: base writes the base weights, which {_unwritable(situation)}; use "
-            "offset: adapter, which leaves them alone"
-        ),
+        lambda recipe, situation: recipe.writes_base is not None and bool(_unwritable(situation)),
+        lambda recipe, situation: _written_base(recipe, _unwritable(situation)),
     ),
     Refusal(
         lambda recipe, situation: bool(_unready_engine(recipe, situation)),
@@ -424,6 +422,14 @@ def _has(recipe: Recipe, *ids: str) -> bool:
 def _mover(recipe: Recipe) -> str:
     """Who moves the factors, by id."""
     return "adamw" if recipe.optimize is None else recipe.optimize.id
+
+
+def _written_base(recipe: Recipe, why: str) -> str:
+    owner = recipe.writes_base
+    assert owner is not None
+    assert owner.writes_base is not None
+    setting, instead = owner.writes_base
+    return f"{owner.id}.{setting} writes the base weights, which {why}; use {instead}, which leaves them alone"
 
 
 def _unwritable(situation: Situation) -> str:

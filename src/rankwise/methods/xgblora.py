@@ -20,9 +20,10 @@ A residual is nowhere fitted: each round is ordinary back-propagation through th
 published no code.
 
 Departures, with reasons:
-- Boosters are kept as factors beside the base weight, which is never written. Added into a bfloat16 weight an update
-  of rms 1e-4 arrives with an error of 89 % (measured), and quantized weights cannot be added to at all: the model that
-  was trained would not be the one that is exported. `accumulate: merge` is therefore refused.
+- Boosters are kept as factors beside the base weight, which is not written. Added into a bfloat16 weight an update of
+  rms 1e-4 arrives with an error of 89 % (measured), and quantized weights cannot be added to at all: the model that was
+  trained would not be the one that is exported. `accumulate: merge` does as the paper does, on float32 weights only; it
+  keeps the factors too, which are what is exported, and writes W plus their whole sum, so that `close` gives W back.
 - Layers outside the round are gated instead of frozen: their gate is 0 and their factors take no part in the
   optimizer's step. Freezing parameters of a model under DistributedDataParallel breaks it. So the paper's saving of
   memory is not had; true freezing saves it below the lowest trained layer only.
@@ -46,10 +47,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rankwise.adapters.attach import AdaptedLayer
 from rankwise.adapters.boosters import Boosters, restart_pair
 from rankwise.adapters.gates import RankGates
 from rankwise.adapters.perturbation import gathered
 from rankwise.adapters.state import FactorPair, FoldState
+from rankwise.adapters.written import unwritable
 from rankwise.calibration.processes import assert_equal_everywhere
 from rankwise.calibration.statistics import GradientStatistics
 from rankwise.errors import BudgetError, CheckpointError, ConfigError, HealthError
@@ -92,7 +95,8 @@ class XGBLoRA(Method):
         layers_fraction: the share of the blocks that one round trains, in (0, 1].
         layers_per_round: L_s, blocks that one round trains, >= 1, in place of `layers_fraction`.
         shrinkage: what a booster is multiplied by as it joins the sum, in (0, 1]; below 1 the model jumps at that step.
-        accumulate: `factors` keeps the boosters as factors and never writes the base weights; `merge` is refused.
+        accumulate: `factors` keeps the boosters as factors and never writes the base weights; `merge` adds them to the
+            base weights while training lasts, which must be float32.
         a_init: how every lora_A starts.
         max_rank: `auto` exports at most the parameters of a uniform rank `r`, `none` every rank.
     """
@@ -122,20 +126,16 @@ class XGBLoRA(Method):
     max_rank: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
-        merges = self.accumulate == "merge"
         faults = setting_faults(
             self,
-            choices={"a_init": tuple(_DRAWS), "max_rank": ("auto", "none")}
-            | ({} if merges else {"accumulate": ("factors",)}),
+            choices={
+                "a_init": tuple(_DRAWS),
+                "max_rank": ("auto", "none"),
+                "accumulate": ("factors", "merge"),
+            },
             numbers={"booster_alpha": 0, "layers_fraction": 0, "shrinkage": 0},
             wholes={"booster_rank": 1, "rounds": 1, "round_steps": 1, "layers_per_round": 1},
         )
-        if merges:
-            faults.append(
-                "xgblora.accumulate: 'merge' would write every booster into the base weights, whose 16-bit and "
-                "quantized forms lose it (measured: 36 to 99 % and 93 to 149 % of an update); use factors, which "
-                "compute the same in float32"
-            )
         if not faults:
             zero = [key for key in ("booster_alpha", "layers_fraction", "shrinkage") if getattr(self, key) == 0]
             faults += [f"xgblora.{key}: 0 trains nothing; use a number above 0" for key in zero]
@@ -148,6 +148,11 @@ class XGBLoRA(Method):
                 )
         if faults:
             raise ConfigError(faults)
+
+    @property
+    def writes_base(self) -> tuple[str, str] | None:
+        """Under `merge` every booster is added to the weights themselves."""
+        return ("accumulate: merge", "accumulate: factors") if self.accumulate == "merge" else None
 
     def live_budget(self, budget: Budget) -> Budget:
         """The budget as the adapter in training sees it: with the boosters' own alpha."""
@@ -193,7 +198,13 @@ class XGBLoRA(Method):
         return Factors(start.dtype_cast(lora_A), torch.zeros(shape.out_features, start.rank))
 
     def make_schedule(self, scene: Scene) -> Schedule:
-        """Rounds of boosters; until `begin` no layer takes part."""
+        """Rounds of boosters; until `begin` no layer takes part.
+
+        Raises:
+            ConfigError: `merge` on weights that are quantized, sharded or narrower than float32.
+        """
+        if self.accumulate == "merge":
+            _refuse_lossy(scene.layers)
         return BoostingSchedule(self, scene)
 
     def notes(self, ranks: Mapping[str, int], budget: Budget) -> tuple[str, ...]:
@@ -210,6 +221,11 @@ class XGBLoRA(Method):
             if self.max_rank == "auto"
             else "xgblora: max_rank none exports every rank that the rounds add up to, which may be far above r",
         )
+        if self.accumulate == "merge":
+            told += (
+                "xgblora: accumulate merge adds the boosters to the base weights while training lasts: with the adapter"
+                " switched off the model still has them, and 16-bit autocast rounds them as it rounds the weights",
+            )
         return told
 
 
@@ -324,7 +340,13 @@ class BoostingSchedule(SteadyRanks):
         self._count = layers_per_round(len(self._names), method.layers_fraction, method.layers_per_round)
         ranks = {name: layer.rank for name, layer in self._layers.items()}
         shut = {name: torch.zeros(rank) for name, rank in ranks.items()}
-        self._gates = RankGates(scene.model, self._layers, shut, beside=self.fold_state)
+        self._gates = RankGates(
+            scene.model,
+            self._layers,
+            shut,
+            beside=self.fold_state,
+            base_as_found=lambda: self._boosters.base_as_found(),  # of those that are there then
+        )
         self._boosters = Boosters(self._layers, {})
         self._gates.add_module("boosters", self._boosters)
         self._optimizer: Optimizer | None = None
@@ -453,11 +475,11 @@ class BoostingSchedule(SteadyRanks):
         )
 
     def memory_bytes(self) -> int:
-        """The buffers of the accumulated boosters, which have their full size from the start."""
+        """The accumulated boosters at their full size, which the buffers of `factors` have from the start."""
         return self._boosters.memory_bytes
 
     def close(self) -> None:
-        """Takes every hook off the model; the earlier boosters are then no part of it."""
+        """Takes every hook off the model, and the earlier boosters out of it; written weights are given back."""
         self._boosters.close()
         self._gates.close()
 
@@ -517,7 +539,8 @@ class BoostingSchedule(SteadyRanks):
         """Room for all that the seed's draws will add: shapes never change again."""
         self._boosters.close()
         ranks = {name: layer.rank for name, layer in self._layers.items()}
-        self._boosters = Boosters(self._layers, capacities(self._draws, ranks))
+        place: Literal["adapter", "base"] = "adapter" if self._method.accumulate == "factors" else "base"
+        self._boosters = Boosters(self._layers, capacities(self._draws, ranks), place)
         self._gates.add_module("boosters", self._boosters)
 
     def _draw(self, number: int) -> frozenset[str]:
@@ -671,6 +694,26 @@ class BoostingSchedule(SteadyRanks):
                     f"layer's whole factors of rank {layer.rank}: xgblora rewrites them between rounds, which FSDP1 "
                     "and DeepSpeed ZeRO-3 do not allow: train with DDP or FSDP2 (fully_shard)"
                 )
+
+
+def _refuse_lossy(layers: Mapping[str, AdaptedLayer]) -> None:
+    """Passes where a weight holds what is added to it: float32 or wider, not packed, not sharded."""
+    found = {name: unwritable(layer) or _narrow(layer) for name, layer in layers.items()}
+    lossy = {name: why for name, why in found.items() if why}
+    if lossy:
+        name = min(lossy)
+        raise ConfigError(
+            f"xgblora.accumulate: merge adds every booster to the base weights, and {len(lossy)} of {len(layers)} hold "
+            f"no such sum ({name} first, which is {lossy[name]}): the trained model would not be the exported one. Use "
+            "accumulate: factors, which leaves the weights alone, or load the base in float32"
+        )
+
+
+def _narrow(layer: AdaptedLayer) -> str:
+    weight = layer.base.module.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype
+    return "" if dtype.itemsize >= 4 else str(dtype).removeprefix("torch.")
 
 
 _ADVICE: Final = "take the state of the run's own checkpoint"

@@ -155,8 +155,8 @@ def attach(
     settings = AdapterSettings(
         lora_dropout=lora_dropout, modules_to_save=tuple(modules_to_save or ()), task_type=task_type
     )
-    # Hashed before anything can write it, where the start is subtracted from the base itself.
-    untouched = weights_fingerprint(model) if job.recipe.initialize.offset_place == "base" else None
+    # Hashed before anything can write it.
+    untouched = None if job.recipe.writes_base is None else weights_fingerprint(model)
     with random_states_restored():
         peft_model = attach_lora(model, final, slots=planned_slots(job.recipe, final), **settings.arguments())
         layers = adapted_layers(peft_model, settings.adapter_name)

@@ -103,7 +103,7 @@ class Session:
         calibration: figures of the gradient statistics, if any were taken.
         step: optimizer steps already made (a resumed run).
         notes: remarks worth showing.
-        base_weights: the fingerprint of the base weights, if it is known; it must be where the offset moved them.
+        base_weights: the fingerprint of the base weights, if it is known; it must be where a method writes them.
         told_ranks: by layer, the ranks that the events of a resumed run have told of so far.
     """
 
@@ -264,7 +264,7 @@ class Session:
         self.keep_precision()
         self._precision.forget()
         self.recipe.check(situation_of_optimizer(optimizer))
-        self._refuse_sharded_offset()
+        self._refuse_sharded_base()
         inner = unwrapped(optimizer)
         self._refuse_other_optimizer(inner)
         self._scaler, self._optimizer = getattr(optimizer, "scaler", None), inner
@@ -277,11 +277,11 @@ class Session:
             told = (*self.schedule.outlook(max_steps), *self.schedule.remarks())
             self.notes = (*self.notes, *(text for text in told if text not in self.notes))
 
-    def _refuse_sharded_offset(self) -> None:
-        """A base weight that the start was subtracted from and that was sharded since could not be given back."""
-        if self.offset is None or self.offset.place != "base":
-            return
-        if any(isinstance(layer.base.module.weight, DTensor) for layer in self.layers.values()):
+    def _refuse_sharded_base(self) -> None:
+        """A base weight that a method writes and that was sharded since attach could not be given back."""
+        if self.recipe.writes_base is not None and any(
+            isinstance(layer.base.module.weight, DTensor) for layer in self.layers.values()
+        ):
             self.recipe.check(Situation(fsdp=True))
 
     def take_back(self, folder: str | os.PathLike[str]) -> None:

@@ -151,8 +151,7 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
             timed = measuring.measured(optimizer)
             if schedule is not None:
                 scheduled, events = schedule.memory_bytes(), measuring.event_seconds
-    moved = recipe.initialize.offset_place == "base"
-    copied: list[Any] = [layer.base.module for layer in layers.values()] if moved else []
+    copied: list[Any] = [] if recipe.writes_base is None else [layer.base.module for layer in layers.values()]
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return RunCost(
         trained_parameters=sum(parameter.numel() for parameter in trained),
