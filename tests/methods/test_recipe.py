@@ -189,6 +189,11 @@ def test_methods_that_go_together_pass(methods: list[Method]) -> None:
         ([GA_BASE], Situation(fsdp=True), "which FSDP shards; use offset: adapter"),
         ([GA_BASE], Situation(deepspeed=3), "which ZeRO-3 shards; use offset: adapter"),
         ([XGB_MERGE], Situation(quantized=True), "xgblora.accumulate: merge writes the base weights, which are packed"),
+        (
+            [XGB_MERGE],
+            Situation(narrow="float16"),
+            r"are float16 and would .*use accumulate: factors.*float32",
+        ),
         ([XGB_MERGE], Situation(fsdp=True), "which FSDP shards; use accumulate: factors, which leaves them alone"),
         ([RITE], Situation(learning_rate_ratio=16), "loraplus_lr_ratio: 16: lora-rite moves lora_A and lora_B by one"),
         ([LORA_GA], Situation(offloaded=True), "lora-ga needs gradients, and parts of the model are offloaded"),

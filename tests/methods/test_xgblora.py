@@ -351,6 +351,60 @@ def test_x3_merging_equals_factors(model: Any) -> None:
         assert relative_difference((pair.lora_A, pair.lora_B), (other.lora_A, other.lora_B)) < 1e-4
 
 
+def test_an_interrupt_right_after_a_write_leaves_a_base_that_is_given_back() -> None:
+    one = adapted(rank=1)
+    before = weights_fingerprint(one.model)
+    schedule, optimizer = begun(one, XGBLoRA(round_steps=1, layers_fraction=1.0, accumulate="merge"), 3)
+    weight: Any = one.first.base.module.weight
+
+    def written_and_interrupted(value: torch.Tensor) -> None:
+        del weight.copy_
+        weight.copy_(value)
+        raise KeyboardInterrupt
+
+    weight.copy_ = written_and_interrupted
+    with pytest.raises(KeyboardInterrupt):
+        train(one, schedule, optimizer, [1])
+    assert weights_fingerprint(one.model) != before
+    schedule.close()
+    assert weights_fingerprint(one.model) == before
+
+
+def test_what_merging_will_take_is_foretold_of_the_layers_that_are_drawn() -> None:
+    one = adapted(rank=1)
+    before = weights_fingerprint(one.model)
+    method = XGBLoRA(rounds=1, layers_per_round=1, accumulate="merge")
+    schedule, optimizer = begun(one, method, 4)
+    drawn = [layer for name, layer in one.layers.items() if schedule.live_ranks()[name]]
+    assert len(drawn) == len(one.layers) // 2
+    sizes = [layer.base.shape.out_features * layer.base.shape.in_features for layer in drawn]
+    assert schedule.base_copy_bytes() == 4 * sum(sizes)
+    assert schedule.event_seconds() > 0
+    assert weights_fingerprint(one.model) == before
+    train(one, schedule, optimizer, range(1, 5))
+    assert schedule.event_seconds() == 0.0
+    schedule.close()
+    assert schedule.base_copy_bytes() == 0
+    factors, _ = begun(adapted(rank=1), XGBLoRA(rounds=1), 4)
+    assert (factors.base_copy_bytes(), factors.event_seconds()) == (0, 0.0)
+
+
+def test_weights_are_written_again_where_they_are_when_a_resumed_run_begins(tmp_path: Path) -> None:
+    one, method = adapted(rank=1), XGBLoRA(round_steps=1, layers_fraction=1.0, accumulate="merge")
+    schedule, optimizer = begun(one, method, 4)
+    train(one, schedule, optimizer, [1, 2])
+    wanted = weights_fingerprint(one.model)
+    state = through_a_file(schedule.state_dict(), tmp_path / "state.safetensors")
+    other = adapted(rank=1)
+    resumed = boosted(other, method)
+    resumed.load_state_dict(state)
+    assert weights_fingerprint(other.model) == wanted
+    with torch.no_grad():
+        other.first.base.module.weight.add_(1e-3)  # as another device's product would be
+    resumed.begin(other.adamw(), 4)
+    assert weights_fingerprint(other.model) == wanted
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merging_into_16_bits_is_refused(dtype: torch.dtype) -> None:
     one = adapted(tiny_llama().to(dtype), rank=1)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.adapters.state import STATE_FILE
-from rankwise.errors import CheckpointError, ConfigError, ExportError
+from rankwise.errors import CheckpointError, ConfigError, ExportError, ModelError
 from rankwise.methods.lora_ga import LoRAGA
 from rankwise.methods.recipe import METHODS
 from rankwise.methods.xgblora import XGBLoRA
@@ -228,6 +228,30 @@ def test_a_base_that_boosters_would_be_added_to_and_that_was_sharded_since_is_re
     with pytest.raises(ConfigError, match=r"xgblora\.accumulate: merge writes the base weights, which FSDP shards"):
         session.begin(optimizer, 9)
     session.close()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_resumed_base_with_boosters_that_was_sharded_is_refused_and_the_rest_is_closed(tmp_path: Path):
+    """It cannot be given back, which is said once everything else is undone."""
+    method = XGBLoRA(accumulate="merge", round_steps=1, layers_fraction=1.0)
+    session = attach(tiny_llama(), method, r=2, target_modules=["q_proj"])
+    optimizer, _ = session.optimizers(ARGS, 9)
+    session.begin(optimizer, 9)
+    session.before_step(1)
+    session.model(**BATCHES[0]).loss.backward()
+    session.before_optimizer_step(1)
+    optimizer.step()
+    session.after_step(1)
+    session.save(tmp_path / "checkpoint-1", optimizer=optimizer)
+    resumed = resume(tiny_llama(), tmp_path / "checkpoint-1")
+    fully_shard(resumed.model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ConfigError, match="which FSDP shards"):
+        resumed.begin(resumed.optimizers(ARGS, 9)[0], 9)
+    with pytest.raises(ModelError, match="sharded after xgblora moved it, so that it cannot be given back"):
+        resumed.close()
+    modules = dict(resumed.model.named_modules())
+    assert not any(module._forward_hooks for name, module in modules.items() if "lora_" in name)
+    assert not any("rankwise" in name for name in modules)
 
 
 def test_without_an_offset_nothing_is_subtracted():

@@ -1,5 +1,6 @@
 """XGBLoRA in a session: what is exported keeps to the budget, and a run whose rounds never ended fails."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import rankwise as rw
 from rankwise.adapters.attach import adapted_layers
 from rankwise.adapters.fingerprint import weights_fingerprint
 from rankwise.adapters.state import STATE_FILE, FoldState
-from rankwise.errors import ArtifactError, BudgetError, ConfigError, ExportError, HealthError
+from rankwise.errors import ArtifactError, BudgetError, ConfigError, ExportError, HealthError, ModelError, RecipeError
 from rankwise.export.fold import fold
 from rankwise.export.stored import what_to_fold
 from rankwise.export.truncate import truncate_adapter
@@ -223,6 +224,48 @@ def test_a_checkpoint_of_boosters_in_the_base_weights_goes_on_and_is_exported(tm
     assert torch.allclose(logits(served), logits(session.model), atol=1e-5)
     resumed.close()
     assert weights_fingerprint(resumed.model) == session.base_weights
+
+
+@pytest.mark.parametrize("layout", ["uniform", "merged"])
+def test_a_copy_of_a_model_with_boosters_in_its_weights_is_exported_for_its_own_base(
+    layout: Any, tmp_path: Path
+) -> None:
+    session = trained(MERGING, r=4)
+    twin, wanted = copy.deepcopy(session.model), logits(session.model)
+    rw.export_adapter(twin, tmp_path / "twin", layout=layout, state=session.fold_state, batch=PROBE)
+    if layout == "merged":
+        served: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "twin")
+    else:
+        served = PeftModel.from_pretrained(tiny_llama(), tmp_path / "twin")
+    assert torch.allclose(logits(served), wanted, atol=1e-5)
+    assert torch.equal(logits(session.model), wanted)
+    assert torch.equal(logits(twin), wanted)
+
+
+def test_a_base_too_narrow_for_boosters_is_refused_before_anything_is_done_to_the_model() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    for act in (rw.plan, rw.attach):
+        with pytest.raises(RecipeError, match=r"which are bfloat16 .*use accumulate: factors"):
+            act(model, MERGING, r=4, target_modules=TARGETS)
+    rw.attach(model, GROWING, r=4, target_modules=TARGETS).close()
+
+
+def test_a_base_that_was_made_narrower_since_is_refused_at_the_first_step() -> None:
+    session = session_of(MERGING)
+    optimizer = session.optimizers(ARGS, 8)[0]
+    for layer in session.layers.values():
+        layer.base.module.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"hold no such sum .* which is bfloat16"):
+        session.begin(optimizer, 8)
+
+
+def test_what_ends_after_it_was_closed_does_not_write_the_base_again() -> None:
+    session = session_of(MERGING)
+    walk(session, 8, last=5)
+    session.close()
+    with pytest.raises(ModelError, match="was given back and is not written again"):
+        session.schedule.end(5)
+    assert weights_fingerprint(session.model) == weights_fingerprint(tiny_llama())
 
 
 def test_every_rank_is_exported_where_that_was_asked_for(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ In `base` the pairs are kept on the CPU and their product is written into W itse
 act wherever W does: with the adapter disabled too, and rounded wherever W is (16-bit autocast).
 """
 
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -22,16 +23,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from rankwise.adapters.attach import AdaptedLayer
+from rankwise.adapters.gates import CONTAINER
 from rankwise.adapters.state import FactorPair
 from rankwise.adapters.written import WrittenBase, written_back
 from rankwise.errors import ModelError
 from rankwise.linalg.factors import compress
 
-__all__ = ["Boosters", "restart_pair"]
+__all__ = ["Boosters", "live_boosters", "restart_pair"]
+
+
+def live_boosters(model: nn.Module) -> "Boosters | None":
+    """The boosters of a model whose schedule keeps them beside its gates, None if there are none."""
+    beside: nn.Module | None = getattr(model, CONTAINER, None)
+    return None if beside is None else next((one for one in beside.children() if isinstance(one, Boosters)), None)
 
 
 class Boosters(nn.Module):
-    """The accumulated pairs of a model's layers, float32 or wider, on the layers' devices.
+    """The accumulated pairs of a model's layers, float32 or wider, on the layers' devices (`base`: on the CPU).
 
     The buffers are in no state dict: whoever owns them stores `pair`.
 
@@ -90,13 +98,38 @@ class Boosters(nn.Module):
 
     def close(self) -> None:
         """Takes every hook off and gives written weights back; called any number of times."""
-        for site in self._sites.values():
-            site.remove()
+        with ExitStack() as stack:  # all of them, whatever goes wrong with one
+            for site in self._sites.values():
+                stack.callback(site.remove)
+
+    @property
+    def base_copy_bytes(self) -> int:
+        """Bytes of the base weights as they were found, on the CPU; 0 under `adapter`."""
+        return sum(site.base.copy_bytes for site in self._written())
+
+    def rewrite(self) -> None:
+        """Writes the base weights again, where they are now: a product on another device has other bits."""
+        for site in self._written():
+            site.base.reapply()
+
+    def write_seconds(self) -> dict[str, float]:
+        """By layer, what adding to its base weight takes, timed once for each size; empty under `adapter`.
+
+        The weights are as before afterwards.
+        """
+        timed: dict[tuple[int, int], float] = {}
+        for site in self._written():
+            if site.size not in timed:
+                timed[site.size] = site.write_seconds()
+        return {site.name: timed[site.size] for site in self._written()}
+
+    def _written(self) -> list["_Written"]:
+        return [site for site in self._sites.values() if isinstance(site, _Written)]
 
     @contextmanager
     def base_as_found(self) -> Iterator[None]:
         """Inside, the base weights are the untouched ones, bit for bit; under `adapter` they always are."""
-        with written_back([site.base for site in self._sites.values() if isinstance(site, _Written)]):
+        with written_back([site.base for site in self._written()]):
             yield
 
 
@@ -148,6 +181,19 @@ class _Written(_Site):
         self._pair = self._together(self._pair, lora_A.to(self.dtype), lora_B.to(self.dtype))
         self.used = len(self._pair.lora_A)
         self.base.add(self._pair)
+
+    def write_seconds(self) -> float:
+        begun = time.perf_counter()
+        if self.used:
+            self.base.reapply()
+        else:  # of nothing: a negative zero in W would become a positive one, which is taken back below
+            self.base.add(FactorPair(torch.zeros(1, self.size[1]), torch.zeros(self.size[0], 1)))
+        if self.base.weight.device.type == "cuda":
+            torch.cuda.synchronize(self.base.weight.device)
+        seconds = time.perf_counter() - begun
+        if not self.used:
+            self.base.restore()
+        return seconds
 
     def remove(self) -> None:
         self.base.close()

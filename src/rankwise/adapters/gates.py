@@ -7,7 +7,7 @@ again, and a distributed wrapper around the model sees what is trained.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,8 +43,6 @@ class RankGates(nn.Module):
         trainable: whether the stored values are parameters; else they are buffers, which nobody's optimizer moves.
         activation: the gate from the stored values; None where they are the gate.
         beside: all that stands beside the factors, for a plain `save_pretrained`; by default the gates.
-        base_as_found: inside it the base weights are as they were found, where something beside the factors has
-            written them; by default nothing has.
 
     Raises:
         ModelError: the model has a container already, or a start does not fit its layer.
@@ -59,10 +57,8 @@ class RankGates(nn.Module):
         trainable: bool = False,
         activation: Activation | None = None,
         beside: Callable[[], FoldState] | None = None,
-        base_as_found: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__()
-        self.base_as_found = base_as_found
         if hasattr(model, CONTAINER):
             raise ModelError(
                 f"the model carries gates already ({CONTAINER}): close the session that put them there first"

@@ -35,7 +35,7 @@ class WrittenBase:
         self._original = self.weight.detach().to("cpu", copy=True)
         self.dtype = self._original.dtype
         self._pair: tuple[FactorPair, float] | None = None
-        self.written = False
+        self.written = self._closed = False
 
     @property
     def weight(self) -> Tensor:
@@ -46,8 +46,13 @@ class WrittenBase:
 
     @property
     def original(self) -> Tensor:
-        """W as it was found, on the CPU."""
+        """W as it was found, on the CPU; empty after `close`."""
         return self._original
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of that copy."""
+        return self._original.nbytes
 
     def add(self, pair: FactorPair, times: float = 1.0) -> Float[Tensor, "rows columns"]:
         """W + times * scaling * lora_B lora_A, in full float32 (or wider), rounded to the dtype of W.
@@ -56,8 +61,13 @@ class WrittenBase:
             The update before it was rounded, laid out as the weight is, on its device.
 
         Raises:
-            ModelError: the weight was sharded in the meantime.
+            ModelError: the weight was sharded in the meantime, or given back for good.
         """
+        if self._closed:
+            raise ModelError(
+                f"{self.name}: the base weight was given back and is not written again: end the training before the "
+                "session is closed"
+            )
         self._pair = (pair, times * self._layer.scaling)
         return self._write_pair()
 
@@ -75,7 +85,8 @@ class WrittenBase:
         """W, bit for bit, for good; a weight that was never written is left alone."""
         if self.written:
             self.restore()
-        self._pair = None
+        self._pair, self._closed = None, True
+        self._original = self._original.new_empty(0)
 
     def _write_pair(self) -> Tensor:
         assert self._pair is not None
@@ -86,8 +97,9 @@ class WrittenBase:
             update = scaling * (lora_B @ lora_A)
         if self._layer.base.kind == "conv1d":
             update = update.T
-        self._write(self._original.to(device, dtype) + update)
-        self.written = True
+        value = self._original.to(device, dtype) + update
+        self.written = True  # before it is: an interrupt between the two would leave it so after `close`
+        self._write(value)
         return update
 
     def _write(self, value: Float[Tensor, "rows columns"]) -> None:

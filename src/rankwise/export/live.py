@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rankwise.adapters.gates import live_gates
+from rankwise.adapters.boosters import live_boosters
 from rankwise.adapters.layers import view_linear
 from rankwise.adapters.offset import LiveOffset
 from rankwise.errors import ExportError, ModelError, VerificationError
@@ -160,12 +160,12 @@ def adapter_on_base(base: nn.Module, folder: Path) -> Iterator["PeftModel"]:
 @contextmanager
 def base_as_found(model: nn.Module, offset: LiveOffset | None = None) -> Iterator[None]:
     """Inside, the base weights are as found, where a start (`offset`) or boosters have been written to them."""
-    gates = live_gates(model)
+    boosters = live_boosters(model)
     with ExitStack() as stack:
         if offset is not None:
             stack.enter_context(offset.base_as_found())
-        if gates is not None:
-            stack.enter_context(gates.base_as_found())
+        if boosters is not None:
+            stack.enter_context(boosters.base_as_found())
         yield
 
 

@@ -35,6 +35,7 @@ class Situation:
         fsdp: whether the trainer shards the model with FSDP.
         deepspeed: the ZeRO stage of a DeepSpeed engine (0 shards nothing); None without one.
         learning_rate_ratio: the rate of lora_B over that of lora_A, as LoRA+ sets it.
+        narrow: the dtype of a target's weight that is narrower than float32; empty if there is none.
         optim: the optimizer that the trainer builds where the recipe brings none, by TrainingArguments' name; empty
             where that is not known.
     """
@@ -46,6 +47,7 @@ class Situation:
     fsdp: bool = False
     deepspeed: int | None = None
     learning_rate_ratio: float = 1.0
+    narrow: str = ""
     optim: str = ""
 
 
@@ -361,6 +363,15 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         lambda recipe, situation: recipe.writes_base is not None and bool(_unwritable(situation)),
         lambda recipe, situation: _written_base(recipe, _unwritable(situation)),
+    ),
+    Refusal(
+        lambda recipe, situation: (
+            bool(situation.narrow) and "xgblora" in recipe.ids and recipe.writes_base is recipe.schedule
+        ),
+        lambda recipe, situation: (
+            _written_base(recipe, f"are {situation.narrow} and would lose most of every booster")
+            + "; or load the base in float32 (dtype: float32)"
+        ),
     ),
     Refusal(
         lambda recipe, situation: bool(_unready_engine(recipe, situation)),

@@ -148,6 +148,10 @@ class Schedule(Protocol):
         """What it holds at the peak of a step, for a forecast; asked after a few steps."""
         ...
 
+    def base_copy_bytes(self) -> int:
+        """Bytes of base weights that it keeps on the CPU as they were found, because it writes them."""
+        ...
+
     def event_seconds(self) -> float:
         """What its events still to come will take beyond steps, as far as was measured; asked after `begin`."""
         ...
@@ -206,6 +210,10 @@ class SteadyRanks:
     def outlook(self, max_steps: int) -> tuple[str, ...]:
         """Nothing to say beforehand."""
         return ()
+
+    def base_copy_bytes(self) -> int:
+        """None: the base weights are not written."""
+        return 0
 
     def event_seconds(self) -> float:
         """Events cost next to nothing."""

@@ -557,6 +557,10 @@ class SoRASchedule:
         values = self._method.thresholds
         return any(values) if values is not None else self._method.target_density < 1
 
+    def base_copy_bytes(self) -> int:
+        """None: the base weights are not written."""
+        return 0
+
     def event_seconds(self) -> float:
         """A look at the gates costs next to nothing."""
         return 0.0

@@ -39,6 +39,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal
 
@@ -224,7 +225,8 @@ class XGBLoRA(Method):
         if self.accumulate == "merge":
             told += (
                 "xgblora: accumulate merge adds the boosters to the base weights while training lasts: with the adapter"
-                " switched off the model still has them, and 16-bit autocast rounds them as it rounds the weights",
+                " switched off the model still has them, and under 16-bit autocast, which rounds them with the weights,"
+                " training and evaluation see another model than the exported one: train in float32",
             )
         return told
 
@@ -345,7 +347,6 @@ class BoostingSchedule(SteadyRanks):
             self._layers,
             shut,
             beside=self.fold_state,
-            base_as_found=lambda: self._boosters.base_as_found(),  # of those that are there then
         )
         self._boosters = Boosters(self._layers, {})
         self._gates.add_module("boosters", self._boosters)
@@ -363,9 +364,11 @@ class BoostingSchedule(SteadyRanks):
 
         Raises:
             ConfigError: more rounds than steps, a run of another length than the checkpoint's, or factors that a
-                wrapper has flattened.
+                wrapper has flattened; `merge` on weights that were made narrower since.
         """
         self._refuse_flattened()
+        if self._method.accumulate == "merge":
+            _refuse_lossy(self._layers)  # they may have been cast since
         if self._max_steps and max_steps != self._max_steps:
             raise ConfigError(
                 f"xgblora: the rounds were laid out over {self._max_steps} optimizer steps "
@@ -373,7 +376,9 @@ class BoostingSchedule(SteadyRanks):
                 f"max_steps {self._max_steps}, or start a new run"
             )
         self._optimizer = optimizer
-        if not self._max_steps:
+        if self._max_steps:
+            self._boosters.rewrite()  # the model may have moved since the checkpoint was loaded
+        else:
             self._lay_out(max_steps, *round_layout(max_steps, self._method.rounds, self._method.round_steps))
             self._allocate()
             self._enter(1)
@@ -478,10 +483,20 @@ class BoostingSchedule(SteadyRanks):
         """The accumulated boosters at their full size, which the buffers of `factors` have from the start."""
         return self._boosters.memory_bytes
 
+    def base_copy_bytes(self) -> int:
+        """Under `merge` the weights of the layers that a round draws."""
+        return self._boosters.base_copy_bytes
+
+    def event_seconds(self) -> float:
+        """Under `merge` every round that is still to end writes the weights of its layers."""
+        seconds = self._boosters.write_seconds() if self._open else {}
+        return sum(seconds.get(name, 0.0) for drawn in self._draws[self._round - 1 :] for name in drawn)
+
     def close(self) -> None:
         """Takes every hook off the model, and the earlier boosters out of it; written weights are given back."""
-        self._boosters.close()
-        self._gates.close()
+        with ExitStack() as stack:  # the gates come off even where a weight cannot be given back
+            stack.callback(self._boosters.close)
+            stack.callback(self._gates.close)
 
     # --- across checkpoints ---------------------------------------------------------------------------------------
 
@@ -537,7 +552,7 @@ class BoostingSchedule(SteadyRanks):
 
     def _allocate(self) -> None:
         """Room for all that the seed's draws will add: shapes never change again."""
-        self._boosters.close()
+        self._boosters.close()  # before the next one copies the base
         ranks = {name: layer.rank for name, layer in self._layers.items()}
         place: Literal["adapter", "base"] = "adapter" if self._method.accumulate == "factors" else "base"
         self._boosters = Boosters(self._layers, capacities(self._draws, ranks), place)
@@ -705,7 +720,7 @@ def _refuse_lossy(layers: Mapping[str, AdaptedLayer]) -> None:
         raise ConfigError(
             f"xgblora.accumulate: merge adds every booster to the base weights, and {len(lossy)} of {len(layers)} hold "
             f"no such sum ({name} first, which is {lossy[name]}): the trained model would not be the exported one. Use "
-            "accumulate: factors, which leaves the weights alone, or load the base in float32"
+            "accumulate: factors, which leaves the weights alone, or load the base in float32 (dtype: float32)"
         )
 
 

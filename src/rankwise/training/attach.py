@@ -104,8 +104,8 @@ def attach(
 ) -> Session:
     """Puts an adapter on the model as the methods want it, and hands back the session that trains it.
 
-    The base weights are written only where a method was told to (LoRA-GA's `offset: base`, undone by `close`), and the
-    global random states stay as they are.
+    The base weights are written only where a method was told to (LoRA-GA's `offset: base`, XGBLoRA's `accumulate:
+    merge`; undone by `close`), and the global random states stay as they are.
 
     Args:
         model: the base model, without adapters.
@@ -351,10 +351,13 @@ def _check_budget(r: int, lora_alpha: float) -> None:
 
 
 def _situation(layers: Sequence[LinearLayer], calibration: Calibration | None) -> Situation:
+    weights = [layer.module.weight for layer in layers if not layer.quantized]
+    dtypes = [weight.dtype for weight in weights if isinstance(weight, Tensor)]
     return Situation(
         quantized=any(layer.quantized for layer in layers),
         offloaded=any(layer.device.type == "meta" for layer in layers),
         collector="auto" if calibration is None else calibration.collector,
+        narrow=next((str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.itemsize < 4), ""),
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -159,7 +160,7 @@ class Session:
 
     @property
     def base_weights(self) -> str:
-        """The fingerprint of the base weights; hashed once, they never change."""
+        """The fingerprint of the base weights as they were found; hashed once."""
         if self._base_weights is None:
             self._base_weights = weights_fingerprint(self.model)
         return self._base_weights
@@ -545,14 +546,15 @@ class Session:
         After it the base weights are as they were found, and an adapter whose start was subtracted (LoRA-GA) computes
         its whole update: export before.
         """
-        self.health.gradients.remove()
-        self._sample.close()
-        if self.schedule is not None:
-            self.schedule.close()
-        if self.offset is not None:
-            self.offset.close()
-        for callback in self._callbacks:
-            callback.close()
+        with ExitStack() as stack:  # all of it, whatever goes wrong with one part
+            for callback in self._callbacks:
+                stack.callback(callback.close)
+            if self.offset is not None:
+                stack.callback(self.offset.close)
+            if self.schedule is not None:
+                stack.callback(self.schedule.close)
+            stack.callback(self._sample.close)
+            stack.callback(self.health.gradients.remove)
 
 
 def _warn(text: str) -> None:

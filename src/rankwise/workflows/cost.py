@@ -39,7 +39,8 @@ class RunCost:
         optimizer_bytes: the optimizer's state: AdamW's two moments, or what the recipe's own optimizer keeps.
         activation_bytes: what the backward pass of one micro-batch keeps, measured.
         schedule_bytes: what the schedule keeps, and holds within a step.
-        base_copy_bytes: the adapted base weights as they were found, on the CPU, where a start is subtracted from them.
+        base_copy_bytes: the adapted base weights as they were found, on the CPU, where a start is subtracted from them
+            or boosters are added to them.
         steps: optimizer steps of the run.
         micro_batches: of one step.
         micro_batch_seconds: forward and backward of one micro-batch, measured.
@@ -136,7 +137,7 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
     fused = True if arguments.device.type in ("cpu", "cuda") else None
     plain_optimizer: Optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
     plain = timed = _Steps(job, model).measured(plain_optimizer)
-    optimizer, beside, scheduled, events = plain_optimizer, 0, 0, 0.0
+    optimizer, beside, scheduled, copied, events = plain_optimizer, 0, 0, 0, 0.0
     if method is not None or recipe.schedule is not None or recipe.initialize.offset_place == "adapter":
         if method is not None:
             optimizer = own_and_scheduler(model, layers, arguments, steps, method)[0]
@@ -150,8 +151,11 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
             measuring = _Steps(job, model, schedule, steps)
             timed = measuring.measured(optimizer)
             if schedule is not None:
-                scheduled, events = schedule.memory_bytes(), measuring.event_seconds
-    copied: list[Any] = [] if recipe.writes_base is None else [layer.base.module for layer in layers.values()]
+                scheduled, copied = schedule.memory_bytes(), schedule.base_copy_bytes()
+                events = measuring.event_seconds
+    moved: list[Any] = [layer.base.module for layer in layers.values()]
+    if recipe.initialize.offset_place == "base":
+        copied += sum(_storage_bytes([base.weight for base in moved]).values())
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return RunCost(
         trained_parameters=sum(parameter.numel() for parameter in trained),
@@ -160,7 +164,7 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
         optimizer_bytes=2 * trained_bytes if method is None else _state_bytes(optimizer),
         activation_bytes=timed.kept,
         schedule_bytes=scheduled,
-        base_copy_bytes=sum(_storage_bytes([base.weight for base in copied]).values()),
+        base_copy_bytes=copied,
         steps=steps,
         micro_batches=arguments.gradient_accumulation_steps,
         micro_batch_seconds=timed.micro_batch,
