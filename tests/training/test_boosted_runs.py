@@ -373,6 +373,13 @@ def test_an_optimizer_that_moves_other_tensors_is_found_also_in_the_first_round(
         session.end(3)
 
 
+def test_what_the_outlook_and_the_remarks_both_say_is_noted_once() -> None:
+    session = session_of(XGBLoRA(rounds=1, layers_fraction=0.5))
+    walk(session, 4, last=1)
+    assert len([note for note in session.notes if "drawn in no round" in note]) == 1
+    assert len(set(session.notes)) == len(session.notes)
+
+
 def test_rounds_that_do_not_fit_the_run_are_refused_when_the_optimizer_is_made() -> None:
     with pytest.raises(ConfigError, match="20 rounds do not fit in 6 optimizer steps"):
         session_of(XGBLoRA(rounds=20)).optimizers(ARGS, 6)

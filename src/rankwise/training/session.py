@@ -275,7 +275,7 @@ class Session:
         self._called, self._steps_before = {}, self.health.gradients.steps
         if self.schedule is not None:
             self.schedule.begin(inner, max_steps)
-            told = (*self.schedule.outlook(max_steps), *self.schedule.remarks())
+            told = dict.fromkeys((*self.schedule.outlook(max_steps), *self.schedule.remarks()))
             self.notes = (*self.notes, *(text for text in told if text not in self.notes))
 
     def _refuse_sharded_base(self) -> None:
