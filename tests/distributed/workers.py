@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -21,9 +22,16 @@ def join_world(rank: int, world: int, port: int) -> None:
     )
 
 
-def leave_world() -> None:
+def leave_world() -> NoReturn:
+    """Ends the process, the last line of a worker.
+
+    What DDP's reducer holds of a gloo group is freed while Python's lock is held, and the group's own thread may be
+    waiting for that lock (torch 2.13): a worker that returned would now and then hang in freeing its locals.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 def accelerate_loop(rank: int, world: int, port: int, folder: str, *recipes: str) -> None:
