@@ -4,7 +4,7 @@ W is copied before the first write, and every write starts from that copy: nothi
 pair always leaves the same bits, however the weight came to it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rankwise.adapters.attach import AdaptedLayer
+from rankwise.adapters.layers import LinearLayer
 from rankwise.adapters.state import FactorPair
 from rankwise.errors import ModelError
 from rankwise.linalg.precision import full_float32
 
-__all__ = ["WrittenBase", "unwritable", "written_back"]
+__all__ = ["WrittenBase", "narrow_dtype", "unwritable", "written_back"]
 
 
 class WrittenBase:
@@ -124,6 +125,13 @@ def written_back(weights: Sequence[WrittenBase]) -> Iterator[None]:
     finally:
         for weight in written:
             weight.reapply()
+
+
+def narrow_dtype(layers: Iterable[LinearLayer]) -> str:
+    """The dtype of the first weight narrower than float32 ("bfloat16"), packed ones left out; empty if none."""
+    weights = (layer.module.weight for layer in layers if not layer.quantized)
+    dtypes = (weight.dtype for weight in weights if isinstance(weight, Tensor))
+    return next((str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.itemsize < 4), "")
 
 
 def unwritable(layer: AdaptedLayer) -> str | None:

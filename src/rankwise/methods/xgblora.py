@@ -53,7 +53,7 @@ from rankwise.adapters.boosters import Boosters, restart_pair
 from rankwise.adapters.gates import RankGates
 from rankwise.adapters.perturbation import gathered
 from rankwise.adapters.state import FactorPair, FoldState
-from rankwise.adapters.written import unwritable
+from rankwise.adapters.written import narrow_dtype, unwritable
 from rankwise.calibration.processes import assert_equal_everywhere
 from rankwise.calibration.statistics import GradientStatistics
 from rankwise.errors import BudgetError, CheckpointError, ConfigError, HealthError
@@ -342,12 +342,7 @@ class BoostingSchedule(SteadyRanks):
         self._count = layers_per_round(len(self._names), method.layers_fraction, method.layers_per_round)
         ranks = {name: layer.rank for name, layer in self._layers.items()}
         shut = {name: torch.zeros(rank) for name, rank in ranks.items()}
-        self._gates = RankGates(
-            scene.model,
-            self._layers,
-            shut,
-            beside=self.fold_state,
-        )
+        self._gates = RankGates(scene.model, self._layers, shut, beside=self.fold_state)
         self._boosters = Boosters(self._layers, {})
         self._gates.add_module("boosters", self._boosters)
         self._optimizer: Optimizer | None = None
@@ -713,7 +708,7 @@ class BoostingSchedule(SteadyRanks):
 
 def _refuse_lossy(layers: Mapping[str, AdaptedLayer]) -> None:
     """Passes where a weight holds what is added to it: float32 or wider, not packed, not sharded."""
-    found = {name: unwritable(layer) or _narrow(layer) for name, layer in layers.items()}
+    found = {name: unwritable(layer) or narrow_dtype([layer.base]) for name, layer in layers.items()}
     lossy = {name: why for name, why in found.items() if why}
     if lossy:
         name = min(lossy)
@@ -722,13 +717,6 @@ def _refuse_lossy(layers: Mapping[str, AdaptedLayer]) -> None:
             f"no such sum ({name} first, which is {lossy[name]}): the trained model would not be the exported one. Use "
             "accumulate: factors, which leaves the weights alone, or load the base in float32 (dtype: float32)"
         )
-
-
-def _narrow(layer: AdaptedLayer) -> str:
-    weight = layer.base.module.weight
-    assert isinstance(weight, Tensor)
-    dtype = weight.dtype
-    return "" if dtype.itemsize >= 4 else str(dtype).removeprefix("torch.")
 
 
 _ADVICE: Final = "take the state of the run's own checkpoint"

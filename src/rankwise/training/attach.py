@@ -13,6 +13,7 @@ from rankwise.adapters.fingerprint import architecture_fingerprint, check_finite
 from rankwise.adapters.layers import LinearLayer, view_linear
 from rankwise.adapters.refusals import refuse_adapted, refuse_wrapped
 from rankwise.adapters.targets import resolve_targets
+from rankwise.adapters.written import narrow_dtype
 from rankwise.calibration.as_found import random_states_restored
 from rankwise.calibration.batches import Loss
 from rankwise.calibration.processes import assert_equal_everywhere
@@ -351,13 +352,11 @@ def _check_budget(r: int, lora_alpha: float) -> None:
 
 
 def _situation(layers: Sequence[LinearLayer], calibration: Calibration | None) -> Situation:
-    weights = [layer.module.weight for layer in layers if not layer.quantized]
-    dtypes = [weight.dtype for weight in weights if isinstance(weight, Tensor)]
     return Situation(
         quantized=any(layer.quantized for layer in layers),
         offloaded=any(layer.device.type == "meta" for layer in layers),
         collector="auto" if calibration is None else calibration.collector,
-        narrow=next((str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.itemsize < 4), ""),
+        narrow=narrow_dtype(layers),
     )
 
 

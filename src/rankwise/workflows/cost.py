@@ -153,8 +153,8 @@ def measure_cost(job: Job, plan: RankPlan, listener: Listener = ignore) -> RunCo
             if schedule is not None:
                 scheduled, copied = schedule.memory_bytes(), schedule.base_copy_bytes()
                 events = measuring.event_seconds
-    moved: list[Any] = [layer.base.module for layer in layers.values()]
     if recipe.initialize.offset_place == "base":
+        moved: list[Any] = [layer.base.module for layer in layers.values()]
         copied += sum(_storage_bytes([base.weight for base in moved]).values())
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return RunCost(
